@@ -11,9 +11,7 @@ try:
     jit = triton.jit
 except ImportError:
     AVAILABLE = False
-    triton = SimpleNamespace(
-        cdiv=lambda a, b: -(-a // b), next_power_of_2=lambda n: 1 << max(n - 1, 0).bit_length()
-    )
+    triton = SimpleNamespace(cdiv=lambda a, b: -(-a // b), next_power_of_2=lambda n: 1 << max(n - 1, 0).bit_length())
     tl = SimpleNamespace(constexpr=object)
 
     def jit(function):
@@ -26,8 +24,4 @@ INTERPRETED = AVAILABLE and os.environ.get("TRITON_INTERPRET") == "1"
 
 def refuses() -> str | None:
     """Say why no Triton kernel can run here, or None."""
-    return (
-        None
-        if AVAILABLE
-        else "Triton is not installed; pip install triton (Linux, Windows) for the GPU kernels"
-    )
+    return None if AVAILABLE else "Triton is not installed; pip install triton (Linux, Windows) for the GPU kernels"

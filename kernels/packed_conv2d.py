@@ -59,15 +59,11 @@ def reference(
     return layout.copy_(y if bias is None else y + bias.float().reshape(-1, 1, 1))
 
 
-def reference_backward(
-    grad, words, scale, zero, bits, input_shape, kernel_size, stride, padding, dilation, groups
-):
+def reference_backward(grad, words, scale, zero, bits, input_shape, kernel_size, stride, padding, dilation, groups):
     """Return the gradient of the dequantised input, shape `input_shape`."""
     shape = (words.shape[0], input_shape[1] // groups, *kernel_size)
     weight = dequantise(words, scale, zero, bits, shape).to(grad.dtype)
-    return torch.nn.grad.conv2d_input(
-        input_shape, weight, grad, stride, padding, dilation, groups
-    ).contiguous()
+    return torch.nn.grad.conv2d_input(input_shape, weight, grad, stride, padding, dilation, groups).contiguous()
 
 
 def dequantise(words, scale, zero, bits, shape):
@@ -100,6 +96,4 @@ def fake(
     ]
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(
-        (x.shape[0], words.shape[0], *sizes), dtype=dtype, device=x.device, memory_format=layout
-    )
+    return torch.empty((x.shape[0], words.shape[0], *sizes), dtype=dtype, device=x.device, memory_format=layout)

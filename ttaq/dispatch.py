@@ -50,9 +50,7 @@ class Op:
                     return implementation.run(*args)
                 raise RuntimeError(f"{self.name}: backend {_forced!r} is forced and refuses: {reason}")
         names = ", ".join(i.name for i in self.implementations)
-        raise RuntimeError(
-            f"{self.name}: backend {_forced!r} is forced, this op has {names}; force one of these"
-        )
+        raise RuntimeError(f"{self.name}: backend {_forced!r} is forced, this op has {names}; force one of these")
 
 
 OPS: dict[str, Op] = {}
@@ -85,9 +83,7 @@ def gpu(refuses: Refusal) -> Refusal:
     """Refuse tensors that are not on a GPU, then ask `refuses`; Triton's interpreter runs on the CPU when forced."""
 
     def check(x, *args):
-        if x.device.type != "cuda" and not (
-            _forced == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-        ):
+        if x.device.type != "cuda" and not (_forced == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
             return f"the input is on {x.device.type}; this implementation needs a CUDA device"
         return refuses(x, *args)
 
@@ -147,7 +143,5 @@ def explain(op: str, *args) -> str:
         elif reason is not None:
             lines.append(f"{name}: refuses, {reason}")
         else:
-            lines.append(
-                f"{name}: could run, but {running or _forced} is {'forced' if _forced else 'tried before it'}"
-            )
+            lines.append(f"{name}: could run, but {running or _forced} is {'forced' if _forced else 'tried before it'}")
     return "\n".join(lines)
