@@ -1,0 +1,77 @@
+"""Every op: its schema, its implementations in the order in which they are tried, and its shapes on meta tensors."""
+
+import torch
+
+from .dispatch import Implementation, declare, never
+from .kernels import codes as cd
+from .kernels import fake_quant as fq
+from .kernels import packed_conv2d as pc
+from .kernels import packed_linear as pl
+from .kernels import soft_round as sr
+
+RAW = torch.ops.ttaq
+_SCALES = "Tensor scale, Tensor zero, int qmin, int qmax, int? axis, int group"
+_CONV = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups"
+
+
+FAKE_QUANT = declare(
+    f"fake_quant(Tensor x, {_SCALES}) -> Tensor",
+    Implementation("reference", fq.reference, never),
+    fake=lambda x, *_: torch.empty_like(x),
+)
+FAKE_QUANT_BACKWARD = declare(
+    f"fake_quant_backward(Tensor grad, Tensor x, {_SCALES}) -> (Tensor dx, Tensor dscale, Tensor dzero)",
+    Implementation("reference", fq.reference_backward, never),
+    fake=lambda grad, x, scale, *_: (torch.empty_like(x), torch.empty_like(scale), torch.empty_like(scale)),
+)
+SOFT_ROUND = declare(
+    "soft_round(Tensor w, Tensor v, Tensor scale, Tensor zero, Tensor beta, int qmin, int qmax, int? axis, int group)"
+    " -> (Tensor y, Tensor penalty)",
+    Implementation("reference", sr.reference, never),
+    fake=lambda w, v, *_: (torch.empty_like(w), v.new_empty((), dtype=torch.float32)),
+)
+SOFT_ROUND_BACKWARD = declare(
+    "soft_round_backward(Tensor grad, Tensor dpenalty, Tensor w, Tensor v, Tensor scale, Tensor zero, Tensor beta,"
+    " int qmin, int qmax, int? axis, int group) -> Tensor",
+    Implementation("reference", sr.reference_backward, never),
+    fake=lambda grad, dpenalty, w, v, *_: torch.empty_like(v),
+)
+QUANTIZE_CODES = declare(
+    f"quantize_codes(Tensor x, {_SCALES}) -> (Tensor codes, Tensor nonfinite)",
+    Implementation("reference", cd.reference, never),
+    fake=lambda x, *_: (torch.empty_like(x, dtype=torch.uint8), x.new_empty((), dtype=torch.int32)),
+)
+PACK_CODES = declare(
+    "pack_codes(Tensor codes, int bits) -> Tensor",
+    Implementation("reference", cd.pack_reference, never),
+    fake=lambda codes, bits: codes.new_empty((*codes.shape[:-1], cd.row_bytes(codes.shape[-1], bits))),
+)
+UNPACK_CODES = declare(
+    "unpack_codes(Tensor words, int bits, int k) -> Tensor",
+    Implementation("reference", cd.unpack_reference, never),
+    fake=lambda words, bits, k: words.new_empty((*words.shape[:-1], k)),
+)
+PACKED_LINEAR = declare(
+    "packed_linear(Tensor x, Tensor words, Tensor scale, Tensor zero, Tensor? bias, int bits, int group,"
+    " Tensor? x_scale, Tensor? x_zero, int x_bits, ScalarType dtype) -> Tensor",
+    Implementation("reference", pl.reference, never),
+    fake=lambda x, words, *rest: x.new_empty((*x.shape[:-1], words.shape[0]), dtype=rest[-1]),
+)
+PACKED_LINEAR_BACKWARD = declare(
+    "packed_linear_backward(Tensor grad, Tensor words, Tensor scale, Tensor zero, int bits, int group, int k)"
+    " -> Tensor",
+    Implementation("reference", pl.reference_backward, never),
+    fake=lambda grad, *rest: grad.new_empty((*grad.shape[:-1], rest[-1])),
+)
+PACKED_CONV2D = declare(
+    "packed_conv2d(Tensor x, Tensor words, Tensor scale, Tensor zero, Tensor? bias, int bits, Tensor? x_scale,"
+    f" Tensor? x_zero, int x_bits, {_CONV}, ScalarType dtype) -> Tensor",
+    Implementation("reference", pc.reference, never),
+    fake=pc.fake,
+)
+PACKED_CONV2D_BACKWARD = declare(
+    "packed_conv2d_backward(Tensor grad, Tensor words, Tensor scale, Tensor zero, int bits, int[] input_shape,"
+    f" {_CONV}) -> Tensor",
+    Implementation("reference", pc.reference_backward, never),
+    fake=lambda grad, words, scale, zero, bits, input_shape, *_: grad.new_empty(input_shape),
+)

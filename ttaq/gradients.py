@@ -1,0 +1,127 @@
+"""The gradient of every op, as autograd functions outside the ops: cheaper per call than registering them inside."""
+
+import torch
+
+from .declarations import RAW
+from .kernels.codes import exact_dtype
+
+
+class FakeQuant(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale, zero, *grid):
+        ctx.save_for_backward(x, scale, zero)
+        ctx.grid = grid
+        return RAW.fake_quant(x, scale, zero, *grid)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *_fake_quant_gradients(ctx.needs_input_grad[:3], grad, *ctx.saved_tensors, *ctx.grid), *(None,) * 4
+
+
+class SoftRound(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w, v, scale, zero, beta, qmax, axis, group):
+        ctx.save_for_backward(w, v, scale, zero, beta)
+        ctx.grid = (0, qmax, axis, group)
+        return RAW.soft_round(w, v, scale, zero, beta, *ctx.grid)
+
+    @staticmethod
+    def backward(ctx, grad, dpenalty):
+        dv = RAW.soft_round_backward(grad, dpenalty, *ctx.saved_tensors, *ctx.grid)
+        return None, dv, *(None,) * 6
+
+
+class PackedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits):
+        ctx.save_for_backward(x, words, scale, zero, x_scale, x_zero)
+        ctx.widths = (bits, group, x_bits)
+        entering, nonfinite = _activation_codes(x, x_scale, x_zero, x_bits)
+        y = RAW.packed_linear(entering, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits, x.dtype)
+        return _with_count(ctx, y, nonfinite)
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        x, words, scale, zero, x_scale, x_zero = ctx.saved_tensors
+        bits, group, x_bits = ctx.widths
+        dx = dx_scale = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[7]:
+            dx = RAW.packed_linear_backward(grad, words, scale, zero, bits, group, x.shape[-1])
+            dx, dx_scale = _through_codes(ctx.needs_input_grad, dx, x, x_scale, x_zero, x_bits)
+        dbias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[4] else None
+        return dx, None, None, None, dbias, None, None, dx_scale, None, None
+
+
+class PackedConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, *geometry):
+        ctx.save_for_backward(x, words, scale, zero, x_scale, x_zero)
+        ctx.widths, ctx.geometry = (bits, x_bits), geometry
+        entering, nonfinite = _activation_codes(x, x_scale, x_zero, x_bits)
+        y = RAW.packed_conv2d(entering, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, *geometry, x.dtype)
+        return _with_count(ctx, y, nonfinite)
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        x, words, scale, zero, x_scale, x_zero = ctx.saved_tensors
+        bits, x_bits = ctx.widths
+        needs = ctx.needs_input_grad
+        dx = dx_scale = None
+        if needs[0] or needs[6]:
+            dx = RAW.packed_conv2d_backward(grad, words, scale, zero, bits, list(x.shape), *ctx.geometry)
+            dx, dx_scale = _through_codes((needs[0], *needs[1:7], needs[6]), dx, x, x_scale, x_zero, x_bits)
+        dbias = grad.sum((0, 2, 3)) if needs[4] else None
+        return dx, None, None, None, dbias, None, dx_scale, *(None,) * 7
+
+
+class QuantizedMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b, a_scale, a_zero, b_scale, b_zero, a_bits, b_bits):
+        ctx.save_for_backward(a, b, a_scale, a_zero, b_scale, b_zero)
+        ctx.widths = (a_bits, b_bits)
+        exact = exact_dtype(a.shape[-1], a_bits, b_bits)
+        left = _activation_codes(a, a_scale, a_zero, a_bits)[0].to(exact) - a_zero
+        right = _activation_codes(b, b_scale, b_zero, b_bits)[0].to(exact) - b_zero
+        return ((left @ right).float() * (a_scale * b_scale)).to(a.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b, a_scale, a_zero, b_scale, b_zero = ctx.saved_tensors
+        a_grid, b_grid = ((0, (1 << bits) - 1, None, 0) for bits in ctx.widths)
+        da = grad @ RAW.fake_quant(b, b_scale, b_zero, *b_grid).transpose(-1, -2)
+        db = RAW.fake_quant(a, a_scale, a_zero, *a_grid).transpose(-1, -2) @ grad
+        da, da_scale, _ = RAW.fake_quant_backward(da, a, a_scale, a_zero, *a_grid)
+        db, db_scale, _ = RAW.fake_quant_backward(db, b, b_scale, b_zero, *b_grid)
+        return da, db, da_scale, None, db_scale, None, None, None
+
+
+def _fake_quant_gradients(needs, grad, x, scale, zero, *grid):
+    gradients = RAW.fake_quant_backward(grad, x, scale, zero, *grid)
+    return tuple(g if needed else None for g, needed in zip(gradients, needs, strict=True))
+
+
+def _activation_codes(x, x_scale, x_zero, x_bits):
+    if x_scale is None:
+        return x, None
+    return RAW.quantize_codes(x, *_entering(x, x_scale, x_zero, x_bits))
+
+
+def _through_codes(needs, dx, x, x_scale, x_zero, x_bits):
+    if x_scale is None:
+        return dx, None
+    dx, dx_scale, _ = RAW.fake_quant_backward(dx, x, *_entering(x, x_scale, x_zero, x_bits))
+    return dx, dx_scale.reshape(x_scale.shape) if needs[7] else None
+
+
+def _entering(x, x_scale, x_zero, x_bits):
+    """Give the (scale, zero, qmin, qmax, axis, group) of an activation: one scale, or one a token."""
+    qmax = (1 << x_bits) - 1
+    if x_scale.ndim == 0:
+        return x_scale, x_zero, 0, qmax, None, 0
+    return x_scale.unsqueeze(-1), x_zero.unsqueeze(-1), 0, qmax, None, x.shape[-1]
+
+
+def _with_count(ctx, y, nonfinite):
+    if nonfinite is not None:
+        ctx.mark_non_differentiable(nonfinite)
+    return y, nonfinite
