@@ -11,6 +11,9 @@ from .declarations import RAW
 from .gradients import FakeQuant, PackedConv2d, PackedLinear, QuantizedMatmul, SoftRound
 from .kernels import codes as cd
 
+PACKABLE = cd.PACKABLE
+row_bytes = cd.row_bytes
+
 
 def fake_quant(
     x: Tensor, scale: Tensor, zero: Tensor, *, qmin: int, qmax: int, axis: int | None = None, group: int = 0

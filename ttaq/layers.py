@@ -1,0 +1,298 @@
+"""Drop-in layers: QuantLinear, QuantConv2d and QuantMatMul simulate low bits, PackedLinear and PackedConv2d store them.
+
+In eval mode a quantised layer computes exact integer sums of codes, times the scales, plus bias: the packed twin of a
+layer gives the same bits. In train mode, and while a rounding is learned, it computes with fake-quantised floats, so
+that weights and scales receive gradients.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import ops
+from .quantizers import ActivationQuantizer, WeightQuantizer
+from .spec import QuantSpec, Recipe
+
+
+class _QuantLayer:
+    """What QuantLinear and QuantConv2d share: two quantisers and the choice between floats and codes."""
+
+    def set_quantizers(self, recipe: "str | Recipe | tuple[QuantSpec | None, QuantSpec | None]", auto: bool) -> None:
+        """Attach new quantisers; with `auto` they set themselves from the first input."""
+        w_spec, x_spec = recipe if isinstance(recipe, tuple) else Recipe.parse(recipe).specs("")
+        device = self.weight.device
+        self.weight_quantizer = WeightQuantizer(w_spec, self.weight.shape, auto, device) if w_spec else None
+        self.input_quantizer = ActivationQuantizer(x_spec, auto, device) if x_spec else None
+        self.register_buffer("nonfinite", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
+
+    @classmethod
+    def from_float(cls, layer: nn.Module, recipe: "str | Recipe | tuple" = "w4a4", *, auto: bool = True):
+        """Take over the parameters of a float layer, which are shared, not copied.
+
+        Args:
+            layer: nn.Linear or nn.Conv2d.
+            recipe: A text such as "w4a4", a Recipe, or (weight spec, activation spec).
+            auto: Let the quantisers set themselves from the first input; False waits for `calibrate`.
+        """
+        new = cls.__new__(cls)
+        new.__dict__ = {k: v.copy() if isinstance(v, (dict, set)) else v for k, v in layer.__dict__.items()}
+        new.set_quantizers(recipe, auto)
+        return new
+
+    def _simulates(self) -> bool:
+        """Whether this call computes with fake-quantised floats instead of codes."""
+        quantizer = self.weight_quantizer
+        return self.training or quantizer is None or not quantizer.active or quantizer.rounding is not None
+
+    def _float_operands(self, x):
+        x = x if self.input_quantizer is None else self.input_quantizer(x)
+        return x, self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
+
+
+class QuantLinear(_QuantLayer, nn.Linear):
+    """Linear layer on fake-quantised weights and inputs; takes the arguments and the state_dict of nn.Linear.
+
+    Source of the scheme: Nagel et al., A White Paper on Neural Network Quantization, arXiv:2106.08295.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: Whether to add one.
+        recipe: A text such as "w4a4", a Recipe, or (weight spec, activation spec).
+        device: As nn.Linear.
+        dtype: As nn.Linear.
+    """
+
+    def __init__(self, in_features, out_features, bias=True, *, recipe="w4a4", device=None, dtype=None):
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.set_quantizers(recipe, auto=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., K) to (..., N)."""
+        if self._simulates():
+            return F.linear(*self._float_operands(x), self.bias)
+        codes, scale, zero = self.weight_quantizer.integer(self.weight)
+        spec = self.weight_quantizer.spec
+        grid = _activation_grid(self.input_quantizer, x)
+        y, count = ops.packed_linear(x, codes, scale, zero, self.bias, bits=spec.bits, group=spec.group, **grid)
+        return _counted(self, y, count)
+
+
+class QuantConv2d(_QuantLayer, nn.Conv2d):
+    """Convolution on fake-quantised weights and inputs; takes the arguments and the state_dict of nn.Conv2d.
+
+    Args:
+        args: As nn.Conv2d.
+        recipe: As in QuantLinear; one weight scale an output channel.
+        kwargs: As nn.Conv2d.
+    """
+
+    def __init__(self, *args, recipe="w4a4", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.set_quantizers(recipe, auto=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, O, H', W')."""
+        if self._simulates():
+            x, weight = self._float_operands(x)
+            return self._conv_forward(x, weight, self.bias)
+        x, padding = _pad(self, x)
+        codes, scale, zero = self.weight_quantizer.integer(self.weight)
+        grid = _activation_grid(self.input_quantizer, x)
+        y, count = ops.packed_conv2d(
+            x, codes.flatten(1), scale, zero, self.bias, bits=self.weight_quantizer.spec.bits,
+            kernel_size=self.kernel_size, stride=self.stride, padding=padding, dilation=self.dilation,
+            groups=self.groups, **grid,
+        )  # fmt: skip
+        return _counted(self, y, count)
+
+
+class MatMul(nn.Module):
+    """Product of two activations as a module, so that attention written with it can be quantised."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Multiply (..., M, K) by (..., K, N)."""
+        return a @ b
+
+
+class QuantMatMul(MatMul):
+    """Product of two quantised activations, one scale each; exact integer sums in eval mode.
+
+    Args:
+        spec: Of both operands, granularity "tensor".
+        auto: Set the ranges from the first inputs.
+    """
+
+    def __init__(self, spec: QuantSpec, auto: bool = True, device=None):
+        super().__init__()
+        self.left_quantizer = ActivationQuantizer(spec, auto, device)
+        self.right_quantizer = ActivationQuantizer(spec, auto, device)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Multiply (..., M, K) by (..., K, N)."""
+        left, right = self.left_quantizer, self.right_quantizer
+        if self.training or left.drop or not (left.active and right.active):
+            return left(a) @ right(b)
+        (a_scale, a_zero), (b_scale, b_zero) = left.grid(a), right.grid(b)
+        widths = {"a_bits": left.spec.bits, "b_bits": right.spec.bits}
+        return ops.quantized_matmul(a, b, a_scale, a_zero, b_scale, b_zero, **widths)
+
+
+class _PackedLayer(nn.Module):
+    """What PackedLinear and PackedConv2d share: words, scale, zero, bias and the quantiser of the input."""
+
+    def __init__(self, spec: QuantSpec, rows: int, k: int, bias: bool, x_spec: QuantSpec | None, device=None):
+        super().__init__()
+        self.spec = spec
+        scales = (rows, k // spec.group) if spec.group else (rows,)
+        self.register_buffer("words", torch.zeros(rows, ops.row_bytes(k, spec.bits), dtype=torch.uint8, device=device))
+        self.register_buffer("scale", torch.ones(scales, device=device))
+        self.register_buffer("zero", torch.zeros(scales, dtype=torch.int32, device=device))
+        self.bias = nn.Parameter(torch.zeros(rows, device=device)) if bias else None
+        self.input_quantizer = ActivationQuantizer(x_spec, device=device) if x_spec else None
+        self.register_buffer("nonfinite", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
+
+    @torch.no_grad()
+    def take(self, layer: "QuantLinear | QuantConv2d") -> None:
+        """Pack the codes of a calibrated layer and take over its grid, bias and input quantiser."""
+        codes, scale, zero = layer.weight_quantizer.integer(layer.weight)
+        self.words = ops.pack_codes(codes.flatten(1), self.spec.bits)
+        self.scale, self.zero = scale.detach().clone(), zero
+        if layer.bias is not None:
+            self.bias = nn.Parameter(layer.bias.detach().clone())
+        self.input_quantizer = layer.input_quantizer
+
+
+class PackedLinear(_PackedLayer):
+    """Linear layer whose weight is a bit stream of 2-, 3-, 4- or 8-bit codes; differentiable in its input.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: Whether to add one.
+        recipe: As in QuantLinear; weights must have 2, 3, 4 or 8 bits.
+        device: Where the buffers live; "meta" waits for `load`.
+    """
+
+    def __init__(self, in_features, out_features, bias=True, *, recipe="w4a4", device=None):
+        spec, x_spec = _packed_specs(recipe)
+        super().__init__(spec, out_features, in_features, bias, x_spec, device)
+        self.in_features, self.out_features = in_features, out_features
+
+    @classmethod
+    def from_quantized(cls, layer: QuantLinear) -> "PackedLinear":
+        """Pack a calibrated QuantLinear."""
+        specs = _ready_specs(layer)
+        new = cls(layer.in_features, layer.out_features, layer.bias is not None, recipe=specs, device="meta")
+        new.take(layer)
+        return _on_device(new, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., K) to (..., N)."""
+        grid = _activation_grid(self.input_quantizer, x)
+        y, count = ops.packed_linear(
+            x, self.words, self.scale, self.zero, self.bias, bits=self.spec.bits, group=self.spec.group, **grid
+        )
+        return _counted(self, y, count)
+
+    def extra_repr(self):
+        return f"{self.in_features} -> {self.out_features}, {self.spec.bits} bits"
+
+
+class PackedConv2d(_PackedLayer):
+    """Convolution whose weight is a bit stream of 2-, 3-, 4- or 8-bit codes; differentiable in its input.
+
+    Args:
+        in_channels: As nn.Conv2d, and so the others up to padding_mode.
+        recipe: As in PackedLinear.
+        device: Where the buffers live; "meta" waits for `load`.
+    """
+
+    def __init__(
+        self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True,
+        padding_mode="zeros", *, recipe="w4a4", device=None,
+    ):  # fmt: skip
+        spec, x_spec = _packed_specs(recipe)
+        with torch.device("meta"):
+            geometry = nn.Conv2d(
+                in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode
+            )
+        super().__init__(spec, out_channels, geometry.weight[0].numel(), bias, x_spec, device)
+        for name in _GEOMETRY:
+            setattr(self, name, getattr(geometry, name))
+
+    @classmethod
+    def from_quantized(cls, layer: QuantConv2d) -> "PackedConv2d":
+        """Pack a calibrated QuantConv2d."""
+        arguments = {name: getattr(layer, name) for name in _GEOMETRY if not name.startswith("_")}
+        new = cls(**arguments, bias=layer.bias is not None, recipe=_ready_specs(layer), device="meta")
+        new.take(layer)
+        return _on_device(new, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, O, H', W')."""
+        x, padding = _pad(self, x)
+        grid = _activation_grid(self.input_quantizer, x)
+        y, count = ops.packed_conv2d(
+            x, self.words, self.scale, self.zero, self.bias, bits=self.spec.bits, kernel_size=self.kernel_size,
+            stride=self.stride, padding=padding, dilation=self.dilation, groups=self.groups, **grid,
+        )  # fmt: skip
+        return _counted(self, y, count)
+
+    def extra_repr(self):
+        return f"{self.in_channels} -> {self.out_channels}, kernel {self.kernel_size}, {self.spec.bits} bits"
+
+
+_GEOMETRY = (
+    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
+    "_reversed_padding_repeated_twice",
+)  # fmt: skip
+
+
+def _activation_grid(quantizer, x):
+    """Give the x_scale, x_zero and x_bits arguments of a packed op; none of them for float activations."""
+    if quantizer is None or not quantizer.active:
+        return {}
+    scale, zero = quantizer.grid(x)
+    return {"x_scale": scale, "x_zero": zero, "x_bits": quantizer.spec.bits}
+
+
+def _pad(layer, x):
+    """Pad `x` here where the op cannot: other modes than zeros, or unequal sides; return it and what is left to pad."""
+    if layer.padding_mode != "zeros":
+        return F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), (0, 0)
+    if not isinstance(layer.padding, str):
+        return x, layer.padding
+    left, right, top, bottom = layer._reversed_padding_repeated_twice
+    if left == right and top == bottom:
+        return x, (top, left)
+    return F.pad(x, (left, right, top, bottom)), (0, 0)
+
+
+def _counted(layer, y, count):
+    """Add the non-finite inputs of this call to the layer's counter, which the adapter's guard reads."""
+    if count is not None:
+        layer.nonfinite.add_(count)
+    return y
+
+
+def _packed_specs(recipe):
+    spec, x_spec = recipe if isinstance(recipe, tuple) else Recipe.parse(recipe).specs("")
+    if spec is None or spec.bits not in ops.PACKABLE:
+        raise ValueError(
+            f"pack: weights must have 2, 3, 4 or 8 bits, got {spec.bits if spec else 'float'}; "
+            "5 to 7 bits are simulated only: choose 4 or 8 for this layer"
+        )
+    return spec, x_spec
+
+
+def _ready_specs(layer):
+    quantizers = [q for q in (layer.weight_quantizer, layer.input_quantizer) if q is not None]
+    if not all(q.ready or q.auto for q in quantizers[:1]) or not all(q.ready for q in quantizers[1:]):
+        raise ValueError("pack: the layer has no calibrated ranges; run ttaq.calibrate, or the layer once, first")
+    return _packed_specs(tuple(q and q.spec for q in (layer.weight_quantizer, layer.input_quantizer)))
+
+
+def _on_device(new, layer):
+    new.nonfinite = torch.zeros((), dtype=torch.int64, device=layer.weight.device)
+    return new.train(layer.training)

@@ -1,0 +1,281 @@
+"""The quantisers that layers hold: a calibrated or learned scale, and learned rounding of weights."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .observers import EPSILON, choose_range, dynamic_range
+from .spec import QuantSpec
+
+_SAMPLE = 1 << 13
+
+
+class Quantizer(nn.Module):
+    """What both quantisers share: a scale, a zero, and whether they are set.
+
+    Until it is `ready` a quantiser passes its input through, unless it is told to set itself from the first (`auto`).
+    """
+
+    def __init__(self, spec: QuantSpec, shape: tuple[int, ...], auto: bool, device=None):
+        super().__init__()
+        self.spec = spec
+        self.auto = auto
+        self.ready = False
+        self.enabled = True
+        self.scale = nn.Parameter(torch.full(shape, torch.nan, device=device))
+        self.register_buffer("zero", torch.zeros(shape, device=device))
+
+    @property
+    def active(self) -> bool:
+        """Whether it quantises now."""
+        return self.enabled and (self.ready or self.auto)
+
+    def set_range(self, scale: Tensor, zero: Tensor) -> None:
+        """Set scale and zero, any shape of the right size, in place; from now on the quantiser is ready."""
+        with torch.no_grad():
+            self.scale.copy_(scale.reshape(self.scale.shape))
+            self.zero.copy_(zero.reshape(self.zero.shape))
+        self.ready = True
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        own = [prefix + name for name in ("scale", "zero")]
+        if not any(key in state_dict for key in own):
+            return  # a float layer's state: the scales stay as they are
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.ready = self.scale.is_meta or not bool(self.scale.isnan().any())
+
+    def extra_repr(self):
+        return f"{self.spec.bits} bits, per {self.spec.granularity}{'' if self.ready else ', not calibrated'}"
+
+
+class ActivationQuantizer(Quantizer):
+    """Quantise an activation with one learned scale, or with one measured scale a token.
+
+    Source: Esser et al., arXiv:1902.08153 (scale and its gradient factor 1 / sqrt(n qmax), n elements a sample);
+    Wei et al., QDrop, arXiv:2203.05740 (`drop`: the share of elements that stay in float while blocks are learned).
+
+    Args:
+        spec: Granularity "tensor" or "token".
+        auto: Set the range from the first input instead of waiting for calibration.
+
+    Raises:
+        ValueError: Another granularity.
+    """
+
+    def __init__(self, spec: QuantSpec, auto: bool = False, device=None):
+        if spec.granularity not in ("tensor", "token"):
+            raise ValueError(f'activations: granularity must be "tensor" or "token", got {spec.granularity!r}')
+        super().__init__(spec, (), auto, device)
+        self.drop = 0.0
+        self.samples: list[Tensor] | None = None
+        if spec.granularity == "token":
+            self.set_range(torch.ones(()), torch.zeros(()))
+
+    def observe(self, x: Tensor, generator: torch.Generator) -> None:
+        """Keep a random sample of the finite values of `x` for `fit`, with its extremes."""
+        flat = x.detach().float().flatten()
+        picked = torch.randint(flat.numel(), (min(_SAMPLE, flat.numel()),), generator=generator)
+        self.samples.append(torch.cat([flat[picked.to(flat.device)], flat.min()[None], flat.max()[None]]))
+
+    def fit(self, values: Tensor) -> None:
+        """Choose the range for these values, any shape."""
+        if self.spec.granularity == "tensor":
+            self.set_range(*choose_range(values.detach().reshape(1, -1), self.spec))
+
+    def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Give (scale, zero) for `x`: () each, or x.shape[:-1] per token; zero is int32."""
+        if self.spec.granularity == "token":
+            return dynamic_range(x, self.spec)
+        if not self.ready:
+            self.fit(x)
+        return self.scale, self.zero.int()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantise `x`; the scale learns when it requires a gradient."""
+        if not self.active:
+            return x
+        scale, zero = self.grid(x)
+        if self.spec.granularity == "token":
+            return ops.fake_quant(x, scale[..., None], zero[..., None], qmin=0, qmax=self.spec.qmax, group=x.shape[-1])
+        scale = ScaleGradient.apply(scale, 1 / math.sqrt(max(x[0].numel(), 1) * self.spec.qmax))
+        y = ops.fake_quant(x, scale, zero, qmin=0, qmax=self.spec.qmax)
+        return torch.where(torch.rand_like(x) < self.drop, x, y) if self.drop else y
+
+
+class WeightQuantizer(Quantizer):
+    """Quantise a weight (N, ...) per output channel or per group of inputs, to nearest or to learned codes.
+
+    Args:
+        spec: Granularity "channel" or "group".
+        shape: Shape of the weight; groups need a linear weight (N, K).
+        auto: Set the range from the weight when it is first used.
+
+    Raises:
+        ValueError: Another granularity, or groups that do not fit.
+    """
+
+    def __init__(self, spec: QuantSpec, shape: torch.Size, auto: bool = False, device=None):
+        if spec.granularity not in ("channel", "group"):
+            raise ValueError(f'weights: granularity must be "channel" or "group", got {spec.granularity!r}')
+        if spec.group and (len(shape) != 2 or shape[1] % spec.group):
+            raise ValueError(
+                f"weights: groups of {spec.group} need a linear weight with K a multiple of it, got {tuple(shape)}; "
+                "use a group that divides K, or one scale a channel"
+            )
+        super().__init__(spec, (shape[0], shape[1] // spec.group) if spec.group else (shape[0],), auto, device)
+        self.register_buffer("codes", None)
+        self.rounding: nn.Module | None = None
+
+    @property
+    def layout(self) -> dict:
+        """The axis and group arguments of the ops."""
+        return {"axis": None, "group": self.spec.group} if self.spec.group else {"axis": 0, "group": 0}
+
+    def fit(self, weight: Tensor) -> None:
+        """Choose the range of every channel or group."""
+        rows = weight.detach().reshape(-1, self.spec.group) if self.spec.group else weight.detach().flatten(1)
+        self.set_range(*choose_range(rows, self.spec))
+        self.codes = None
+
+    def integer(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Give (codes, scale, zero): uint8 of the weight's shape, and the grid with zero as int32."""
+        if not self.ready:
+            self.fit(weight)
+        codes = self.codes
+        if codes is None:
+            codes, _ = ops.quantize_codes(weight.detach(), self.scale, self.zero, qmax=self.spec.qmax, **self.layout)
+        return codes, self.scale, self.zero.int()
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Fake-quantise the weight: through its rounding while that is learned, from its codes once it has been."""
+        if not self.active:
+            return weight
+        if not self.ready:
+            self.fit(weight)
+        if self.rounding is not None:
+            return self.rounding(weight, self)
+        if self.codes is None:
+            return ops.fake_quant(weight, self.scale, self.zero, qmin=0, qmax=self.spec.qmax, **self.layout)
+        return dequantise(self.codes, self.scale, self.zero, self.spec.group).to(weight.dtype)
+
+    def harden(self, weight: Tensor) -> None:
+        """Turn the learned rounding into codes."""
+        self.codes = self.rounding.codes(weight, self)
+        self.rounding = None
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        self.codes = state_dict.get(prefix + "codes")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class AdaRound(nn.Module):
+    """Learn whether each weight rounds up or down. Source: Nagel et al., Up or Down?, arXiv:2004.10568.
+
+    Args:
+        weight: The float weight; the rounding starts where it stands between its neighbours.
+        quantizer: Its quantiser, ready.
+    """
+
+    def __init__(self, weight: Tensor, quantizer: WeightQuantizer):
+        super().__init__()
+        ratio = weight.detach() / _broadcast(quantizer.scale.detach(), weight, quantizer.spec.group)
+        share = ((ratio - ratio.floor()) + 0.1) / 1.2
+        self.v = nn.Parameter(torch.logit(share.clamp(1e-4, 1 - 1e-4)))
+        self.register_buffer("beta", torch.tensor(20.0, device=weight.device), persistent=False)
+        self.penalty: Tensor | None = None
+
+    def forward(self, weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
+        """Return the softly rounded weight; leave the regulariser in `penalty`."""
+        y, self.penalty = ops.soft_round(
+            weight.detach(),
+            self.v,
+            quantizer.scale.detach(),
+            quantizer.zero,
+            self.beta,
+            qmax=quantizer.spec.qmax,
+            **quantizer.layout,
+        )
+        return y
+
+    def codes(self, weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
+        """Decide: up where the learned rounding is at or above one half."""
+        ratio = weight.detach() / _broadcast(quantizer.scale.detach(), weight, quantizer.spec.group)
+        zero = _broadcast(quantizer.zero, weight, quantizer.spec.group)
+        return (ratio.floor() + (self.v >= 0) + zero).clamp(0, quantizer.spec.qmax).to(torch.uint8)
+
+
+class StraightThrough(nn.Module):
+    """Learn the weight itself through rounding to nearest, and the scale with it. Source: arXiv:1902.08153.
+
+    Args:
+        weight: The float weight; a copy of it is learned.
+        quantizer: Its quantiser, ready.
+    """
+
+    penalty = None
+
+    def __init__(self, weight: Tensor, quantizer: WeightQuantizer):
+        super().__init__()
+        self.v = nn.Parameter(weight.detach().clone())
+
+    def forward(self, weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
+        """Return the learned weight, fake-quantised."""
+        count = max(weight.numel() // quantizer.scale.numel(), 1)
+        scale = ScaleGradient.apply(quantizer.scale, 1 / math.sqrt(count * quantizer.spec.qmax))
+        return ops.fake_quant(self.v, scale, quantizer.zero, qmin=0, qmax=quantizer.spec.qmax, **quantizer.layout)
+
+    def codes(self, weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
+        """Round the learned weight to nearest."""
+        grid = (quantizer.scale.detach(), quantizer.zero)
+        return ops.quantize_codes(self.v.detach(), *grid, qmax=quantizer.spec.qmax, **quantizer.layout)[0]
+
+
+class ScaleGradient(torch.autograd.Function):
+    """Pass a tensor on unchanged and multiply its gradient by a factor."""
+
+    @staticmethod
+    def forward(ctx, tensor, factor):
+        """Return the tensor."""
+        ctx.factor = factor
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """Scale the gradient."""
+        return grad * ctx.factor, None
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Run `model` as the float model while the context is open."""
+    found = [m for m in model.modules() if isinstance(m, Quantizer)]
+    before = [m.enabled for m in found]
+    for m in found:
+        m.enabled = False
+    try:
+        yield
+    finally:
+        for m, enabled in zip(found, before, strict=True):
+            m.enabled = enabled
+
+
+def dequantise(codes: Tensor, scale: Tensor, zero: Tensor, group: int) -> Tensor:
+    """Return ``(code - zero) * scale``, float32, for a weight's codes."""
+    return (codes.float() - _broadcast(zero, codes, group)) * _broadcast(scale, codes, group)
+
+
+def clamp_scales(quantizers) -> None:
+    """Keep learned scales positive."""
+    with torch.no_grad():
+        for quantizer in quantizers:
+            quantizer.scale.clamp_(min=EPSILON)
+
+
+def _broadcast(values, weight, group):
+    if group:
+        return values.repeat_interleave(group, dim=-1)
+    return values.reshape(-1, *[1] * (weight.ndim - 1))
