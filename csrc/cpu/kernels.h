@@ -1,0 +1,37 @@
+// The inner loops, compiled once for each instruction set (kernels.cpp) and picked at run time (levels.cpp).
+#pragma once
+
+#include <stdint.h>
+
+namespace ttaq {
+
+struct Range {
+  float low, high;
+};
+
+// Each loop runs over n elements. Indexed by Span and enum ttaq_dtype, or by the number of bits.
+enum Span {
+  ROW = 0,   // scale and zero point to one value for all elements, dscale and dzero to one sum
+  LINE = 1,  // to one value, one sum for each element
+};
+
+struct Kernels {
+  void (*forward[2][3])(const void* x, void* y, int64_t n, const float* scale, const float* zero, Range range);
+  void (*backward[2][3])(const void* grad, const void* x, void* dx, int64_t n, const float* scale, const float* zero,
+                         Range range, float* dscale, float* dzero);  // adds to dscale and dzero
+  int64_t (*codes[2][3])(const void* x, uint8_t* codes, int64_t n, const float* scale, const float* zero,
+                         Range range);  // returns how many elements are not finite
+  void (*pack[9])(const uint8_t* codes, uint8_t* words, int64_t n);
+  void (*unpack[9])(const uint8_t* words, uint8_t* codes, int64_t n);
+};
+
+extern const Kernels kernels_base;
+#if defined(__x86_64__)
+extern const Kernels kernels_v3;
+extern const Kernels kernels_v4;
+#endif
+
+// The loops of a level (enum ttaq_level), or null where this processor cannot run them.
+const Kernels* kernels_of(int level);
+
+}  // namespace ttaq

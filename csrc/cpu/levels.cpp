@@ -1,0 +1,39 @@
+// Which instruction sets this processor has.
+#include "../ttaq_native.h"
+#include "kernels.h"
+
+namespace ttaq {
+
+#if defined(__x86_64__)
+
+static bool has_v3() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+         __builtin_cpu_supports("bmi2");
+}
+
+static bool has_v4() {
+  return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
+}
+
+const Kernels* kernels_of(int level) {
+  static const bool v3 = has_v3(), v4 = has_v4();
+  if (level == TTAQ_V4) return v4 ? &kernels_v4 : nullptr;
+  if (level == TTAQ_V3) return v3 ? &kernels_v3 : nullptr;
+  return level == TTAQ_BASE ? &kernels_base : nullptr;
+}
+
+#else
+
+const Kernels* kernels_of(int level) { return level == TTAQ_BASE ? &kernels_base : nullptr; }
+
+#endif
+
+}  // namespace ttaq
+
+int ttaq_cpu_level(void) {
+  int level = TTAQ_V4;
+  while (!ttaq::kernels_of(level)) --level;
+  return level;
+}

@@ -1,0 +1,80 @@
+// Every function that the native libraries of ttaq export. Plain C, no torch headers.
+//
+// Tensors arrive as pointers to dense memory in physical order. Scales and zeros follow the canonical form
+// (outer, channels, inner): element (p, c, i) lies at (p * channels + c) * inner + i and uses scale[c], zero[c].
+// Every function returns one of the codes below (the CUDA ones: or a cudaError_t above zero).
+#pragma once
+
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define TTAQ_EXPORT __attribute__((visibility("default")))
+#else
+#define TTAQ_EXPORT
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum ttaq_error {
+  TTAQ_OK = 0,
+  TTAQ_BAD_DTYPE = -1,   // dtype is none of enum ttaq_dtype
+  TTAQ_BAD_LEVEL = -2,   // this processor or this build does not have the level
+  TTAQ_BAD_BITS = -3,    // bits is none of 2, 3, 4, 8
+  TTAQ_NO_MEMORY = -4,   // scratch memory could not be had
+};
+
+enum ttaq_dtype { TTAQ_FLOAT32 = 0, TTAQ_BFLOAT16 = 1, TTAQ_FLOAT16 = 2 };
+
+// Instruction sets of the CPU library. BASE is x86-64 as of 2003, or whatever another architecture was compiled for.
+enum ttaq_level { TTAQ_BASE = 0, TTAQ_V3 = 1, TTAQ_V4 = 2 };
+
+// ---- CPU ----------------------------------------------------------------------------------------------------------
+
+// The highest level that this processor runs and this library holds.
+TTAQ_EXPORT int ttaq_cpu_level(void);
+
+// 1 when torch's own thread pool was found in the process, 0 when every call runs on one thread.
+TTAQ_EXPORT int ttaq_cpu_has_pool(void);
+
+// y = (clamp(round(x / scale) + round(zero), qmin, qmax) - round(zero)) * scale, in float32, halves to even.
+//   x, y: outer * channels * inner elements of dtype. scale: float32. zero: int32 if zero_is_int, else float32.
+TTAQ_EXPORT int ttaq_cpu_fake_quant(const void* x, void* y, const float* scale, const void* zero, int zero_is_int,
+                                    int dtype, int qmin, int qmax, int64_t outer, int64_t channels, int64_t inner,
+                                    int threads, int level);
+
+// The gradients of the above. dx: elements of dtype. dscale, dzero: float32, channels elements each, overwritten;
+// the same bits for any number of threads.
+TTAQ_EXPORT int ttaq_cpu_fake_quant_backward(const void* grad, const void* x, void* dx, const float* scale,
+                                             const void* zero, int zero_is_int, float* dscale, float* dzero, int dtype,
+                                             int qmin, int qmax, int64_t outer, int64_t channels, int64_t inner,
+                                             int threads, int level);
+
+// codes = clamp(round(x / scale) + round(zero), qmin, qmax) as uint8; a NaN gets the code of 0.0.
+//   nonfinite: int32, one element, overwritten with the number of NaN and infinite x.
+TTAQ_EXPORT int ttaq_cpu_quantize_codes(const void* x, uint8_t* codes, const float* scale, const void* zero,
+                                        int zero_is_int, int32_t* nonfinite, int dtype, int qmin, int qmax,
+                                        int64_t outer, int64_t channels, int64_t inner, int threads, int level);
+
+// codes: (rows, k) uint8, one code a byte. words: (rows, ceil(k * bits / 8)) uint8; code j of a row occupies its bits
+// j * bits .. j * bits + bits - 1, lowest bit first; the rest of a row's last byte is zero.
+TTAQ_EXPORT int ttaq_cpu_pack_codes(const uint8_t* codes, uint8_t* words, int64_t rows, int64_t k, int bits,
+                                    int threads, int level);
+TTAQ_EXPORT int ttaq_cpu_unpack_codes(const uint8_t* words, uint8_t* codes, int64_t rows, int64_t k, int bits,
+                                      int threads, int level);
+
+// ---- CUDA ---------------------------------------------------------------------------------------------------------
+
+// 0 when a device can be used, else the cudaError_t of asking for one (35 without a driver).
+TTAQ_EXPORT int ttaq_cuda_status(void);
+
+// As their CPU namesakes, on device pointers, queued on `stream` (a cudaStream_t) of the current device.
+TTAQ_EXPORT int ttaq_cuda_pack_codes(const uint8_t* codes, uint8_t* words, int64_t rows, int64_t k, int bits,
+                                     void* stream);
+TTAQ_EXPORT int ttaq_cuda_unpack_codes(const uint8_t* words, uint8_t* codes, int64_t rows, int64_t k, int bits,
+                                       void* stream);
+
+#ifdef __cplusplus
+}
+#endif
