@@ -1,0 +1,59 @@
+"""Run an op on one backend, and compare bit for bit."""
+
+import pytest
+import torch
+from cases import cases
+
+from ttaq import dispatch
+from ttaq.declarations import RAW
+
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def parameters(*ops: str) -> list:
+    """List (backend, case) for every implementation but the reference, as parameters of a test.
+
+    The Triton kernels run compiled on a GPU where there is one, else in the interpreter.
+    """
+    return [
+        pytest.param(
+            implementation.name, case, id=f"{op}-{implementation.name}-{case.name}", marks=_marks(implementation)
+        )
+        for op in ops
+        for chosen in dispatch.OPS[op].implementations
+        if chosen.name != "reference"
+        for case in cases(op)
+    ]
+
+
+def _marks(implementation):
+    needs_gpu = implementation.name == "cuda" or (implementation.name == "triton" and torch.cuda.is_available())
+    return [pytest.mark.gpu] if needs_gpu else []
+
+
+def device(backend: str) -> str:
+    """Name the device that `backend` computes on in this test run."""
+    return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
+
+
+def run(op: str, backend: str, args: tuple):
+    """Run `op` on `backend`; skip the test with its sentence where the backend refuses."""
+    with dispatch.backend(backend):
+        reason = dict(dispatch.OPS[op].explain(*args))[backend]
+        if reason is not None:
+            pytest.skip(f"{op}: {backend} refuses: {reason}")
+        return getattr(RAW, op)(*args)
+
+
+def assert_same(got: torch.Tensor, wanted: torch.Tensor):
+    """Check dtype, shape, strides and every bit; any NaN equals any other."""
+    assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape)
+    assert got.stride() == wanted.stride()
+    word = WORDS[got.element_size()]
+    different = got.contiguous().view(word) != wanted.contiguous().view(word)
+    if got.is_floating_point():
+        different &= ~(got.isnan() & wanted.isnan())
+    at = different.nonzero()[:5].tolist()
+    assert not at, (
+        f"{int(different.sum())} of {got.numel()} differ, first at {at}: {[(got[*i], wanted[*i]) for i in at]}"
+    )

@@ -1,0 +1,135 @@
+"""The sample inputs of every op; correctness, opcheck, compile and the bench gate all walk this one list.
+
+An op joins with one generator of (name, arguments of the raw op) and one entry in SAMPLES. Tensors are built on the
+CPU from fixed seeds; `Case.on` moves them with their strides.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+Samples = Iterator[tuple[str, tuple]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a raw op."""
+
+    op: str
+    name: str
+    args: tuple
+
+    def on(self, device: str) -> tuple:
+        """Give the arguments on `device`, each tensor with the strides and the offset that it has here."""
+        return tuple(_on(a, device) if isinstance(a, torch.Tensor) else a for a in self.args)
+
+
+def cases(op: str) -> list[Case]:
+    """List the cases of `op`."""
+    return [Case(op, name, args) for name, args in SAMPLES[op]()]
+
+
+def _on(tensor, device):
+    storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+    return storage.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def _layouts(draw) -> Iterator[tuple[str, torch.Tensor, int | None, int]]:
+    """Yield (name, x, axis, group): every granularity over sizes and layouts that have caught kernels before.
+
+    Odd sizes leave partial tiles, 2304 fills whole ones, 4100 needs two; channels-last and transposed tensors put the
+    scales on the fastest axis; a slice and an expanded tensor do not fill their memory.
+    """
+    yield "per_tensor", draw(5, 7, 11), None, 0
+    yield "per_tensor-whole_tiles", draw(18, 128), None, 0
+    yield "per_tensor-4100", draw(4100), None, 0
+    yield "scalar", draw(), None, 0
+    yield "one_element", draw(1, 1), 0, 0
+    yield "empty", draw(0, 5), None, 0
+    yield "empty-per_channel", draw(0, 5), 1, 0
+    yield "rows", draw(6, 130), 0, 0
+    yield "long_rows", draw(2, 4099), 0, 0
+    yield "columns", draw(9, 33), 1, 0
+    yield "images", draw(2, 3, 7, 5), 1, 0
+    yield "images-channels_last", draw(2, 6, 5, 7).to(memory_format=torch.channels_last), 1, 0
+    yield "images-channels_last-axis_0", draw(3, 4, 5, 2).to(memory_format=torch.channels_last), 0, 0
+    yield "images-channels_last-per_tensor", draw(2, 3, 4, 4).to(memory_format=torch.channels_last), None, 0
+    yield "transposed", draw(20, 36).T, 1, 0
+    yield "permuted", draw(4, 6, 10).permute(2, 0, 1), 1, 0
+    yield "slice", draw(6, 40)[:, 3:20], 0, 0
+    yield "slice-transposed", draw(12, 40)[:, ::2].T, 1, 0
+    yield "expanded", draw(1, 9).expand(4, 9), 0, 0
+    yield "per_token", draw(2, 13, 48), None, 48
+    yield "groups", draw(7, 96), None, 32
+    yield "groups-odd", draw(3, 21), None, 7
+    yield "groups-one_a_row", draw(5, 64), None, 64
+    yield "groups-channels_last", draw(2, 4, 3, 8).to(memory_format=torch.channels_last), None, 4
+
+
+def _scale_shape(x, axis, group):
+    if group:
+        return (*x.shape[:-1], x.shape[-1] // group)
+    return () if axis is None else (x.shape[axis],)
+
+
+def fake_quant() -> Samples:
+    for name, dtype in FLOATS.items():
+        random = torch.Generator().manual_seed(11)
+        for layout, x, axis, group in _layouts(lambda *shape, r=random, d=dtype: torch.randn(shape, generator=r).to(d)):
+            shape = _scale_shape(x, axis, group)
+            scale = torch.rand(shape, generator=random) * 0.2 + 0.05
+            zero = torch.rand(shape, generator=random) * 16 - 0.5
+            yield f"{layout}-{name}-learned_zero", (x, scale, zero, 0, 15, axis, group)
+            if name == "f32":
+                yield f"{layout}-{name}", (x, scale, zero.round().int(), -3, 12, axis, group)
+        yield f"not_finite-{name}", (*_not_finite(dtype), 0, 15, 1, 0)
+        ties = torch.arange(-40, 40).to(dtype) * 0.25
+        yield f"ties-{name}", (ties, torch.tensor(0.5), torch.tensor(2, dtype=torch.int32), 0, 255, None, 0)
+
+
+def _not_finite(dtype):
+    """Rows of NaN, infinities, numbers that overflow once divided and the smallest ones, under plain and odd scales."""
+    largest, smallest = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
+    x = torch.tensor([torch.nan, torch.inf, -torch.inf, largest, -largest, smallest, -0.0, 0.7, -0.7], dtype=dtype)
+    scale = torch.tensor([0.1, 1e-30, 1e30, torch.inf, torch.nan])
+    return x[:, None].repeat(1, 5), scale, torch.tensor([3.0, 0.0, 7.5, 2.0, 1.0])
+
+
+def fake_quant_backward() -> Samples:
+    random = torch.Generator().manual_seed(12)
+    for name, (x, *rest) in fake_quant():
+        grad = torch.randn(x.shape, generator=random).to(x.dtype)
+        yield name, (torch.empty_like(x).copy_(grad), x, *rest)
+        if name in ("images-channels_last-f32", "transposed-f32", "groups-f32"):
+            yield f"{name}-grad_in_another_layout", (grad.mT.contiguous().mT, x, *rest)
+
+
+def soft_round() -> Samples:
+    random = torch.Generator().manual_seed(13)
+    for name, w, axis, group in _layouts(lambda *shape: torch.randn(shape, generator=random)):
+        shape = _scale_shape(w, axis, group)
+        scale = torch.rand(shape, generator=random) * 0.2 + 0.05
+        zero = torch.randint(0, 16, shape, generator=random).float()
+        v = torch.randn(w.shape, generator=random) * 2
+        beta = torch.tensor(2.0 + 18 * torch.rand((), generator=random).item())
+        yield name, (w, v, scale, zero.int() if group else zero, beta, 0, 15, axis, group)
+    v = torch.tensor([[0.0, -0.0, 90.0, -90.0, 2.4, -2.4]])
+    w = torch.randn(1, 6, generator=random)
+    yield "clipped", (w, v, torch.tensor([0.1]), torch.tensor([8.0]), torch.tensor(2.0), 0, 15, 0, 0)
+
+
+def soft_round_backward() -> Samples:
+    random = torch.Generator().manual_seed(14)
+    for name, (w, v, *rest) in soft_round():
+        grad = torch.randn(w.shape, generator=random)
+        yield name, (grad, torch.tensor(0.37), w, v, *rest)
+
+
+SAMPLES: dict[str, Callable[[], Samples]] = {
+    "fake_quant": fake_quant,
+    "fake_quant_backward": fake_quant_backward,
+    "soft_round": soft_round,
+    "soft_round_backward": soft_round_backward,
+}
