@@ -96,11 +96,11 @@ def _enlarge_matrix(size, factor):
     return np.maximum(1 - np.abs(place[:, None] - np.arange(size)), 0).astype(np.float32)
 
 
-def shuffle_pixels(images, delta, rounds, generators):
-    """Swap each pixel, from the last to the first, with one -delta .. delta - 1 rows and columns away.
+def scatter_pixels(images, delta, rounds, generators):
+    """Replace each pixel, from the last to the first, by one -delta .. delta - 1 rows and columns away.
 
     Args:
-        images: (n, H, W, C), float32; pixels nearer than `delta` to the border start no swap.
+        images: (n, H, W, C), float32; pixels nearer than `delta` to the border stay.
         delta: Reach, in pixels.
         rounds: How often the image is walked through.
         generators: n random generators.
@@ -113,14 +113,14 @@ def shuffle_pixels(images, delta, rounds, generators):
     places = (rows[:, None] * width + columns).ravel()
     sources = np.empty((count, height * width), dtype=np.int64)
     for source, generator in zip(sources, generators, strict=True):
-        # The swaps depend on one another; plain lists are the fastest way to make them in sequence.
-        moved = list(range(height * width))
+        # A pixel may take what another has just taken; plain lists are the fastest way to go in sequence.
+        taken = list(range(height * width))
         for _ in range(rounds):
             steps = generator.integers(-delta, delta, (2, len(places)))
             partners = places + steps[0] * width + steps[1]
             for here, there in zip(places.tolist(), partners.tolist(), strict=True):
-                moved[here], moved[there] = moved[there], moved[here]
-        source[:] = moved
+                taken[here] = taken[there]
+        source[:] = taken
     flat = images.reshape(count, height * width, channels)
     return np.take_along_axis(flat, sources[:, :, None], axis=1).reshape(images.shape)
 

@@ -60,10 +60,10 @@ def grow_frost(scale):
         generator = np.random.default_rng([2019, number])
         ice, bend_rows, bend_columns = grow_plasma([generator] * 3, _TILE, _TILE, 1.5)
         crystals = np.zeros((_TILE, _TILE), dtype=np.float32)
-        for cells, weight in ((6, 0.6), (18, 0.7), (60, 0.6)):
+        for cells, weight in ((6, 0.6), (14, 0.8), (30, 0.6)):
             crystals += weight * _grow_crystals(generator, cells, _BEND * bend_rows, _BEND * bend_columns)
-        cover = np.clip(1.6 * ice - 0.1, 0, 1)
-        light = np.clip(0.06 + 0.3 * ice + cover * crystals, 0, 1)
+        light = 0.3 * ice + np.clip(1.6 * ice - 0.1, 0, 1) * crystals
+        light = np.clip(0.5 + 0.3 * (light - light.mean()) / light.std(), 0, 1)
         side = round(_TILE * scale)
         small = Image.fromarray(light).resize((side, side), Image.Resampling.BOX)
         textures.append(np.asarray(small)[:, :, None] * _TINT)

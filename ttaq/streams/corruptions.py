@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
-from ._filters import blur_motion, build_disk, correlate, magnify, shuffle_pixels, warp
+from ._filters import blur_motion, build_disk, correlate, magnify, scatter_pixels, warp
 from ._levels import LEVELS
 from ._textures import cut, grow_frost, grow_plasma, read_frost
 
@@ -127,7 +127,7 @@ def _look_through_glass(x, level, generators):
     sigma, delta, rounds = level
     blur = (0, sigma, sigma, 0)
     x = gaussian_filter(x, blur, mode="nearest")
-    return gaussian_filter(shuffle_pixels(x, delta, rounds, generators), blur, mode="nearest")
+    return gaussian_filter(scatter_pixels(x, delta, rounds, generators), blur, mode="nearest")
 
 
 def _move(x, level, generators):
