@@ -16,9 +16,7 @@ def parameters(*ops: str) -> list:
     The Triton kernels run compiled on a GPU where there is one, else in the interpreter.
     """
     return [
-        pytest.param(
-            implementation.name, case, id=f"{op}-{implementation.name}-{case.name}", marks=_marks(implementation)
-        )
+        pytest.param(chosen.name, case, id=f"{op}-{chosen.name}-{case.name}", marks=_marks(chosen.name))
         for op in ops
         for chosen in dispatch.OPS[op].implementations
         if chosen.name != "reference"
@@ -26,8 +24,8 @@ def parameters(*ops: str) -> list:
     ]
 
 
-def _marks(implementation):
-    needs_gpu = implementation.name == "cuda" or (implementation.name == "triton" and torch.cuda.is_available())
+def _marks(backend):
+    needs_gpu = backend == "cuda" or (backend == "triton" and torch.cuda.is_available())
     return [pytest.mark.gpu] if needs_gpu else []
 
 
