@@ -2,6 +2,8 @@
 
 import torch
 
+from ._triton import jit, tl
+
 
 def expand(values: torch.Tensor, x: torch.Tensor, axis: int | None, group: int) -> torch.Tensor:
     """Broadcast one value per scale over the elements of `x` that the scale covers.
@@ -76,3 +78,24 @@ def _physical_order(x: torch.Tensor) -> list[int] | None:
             return None
         expected *= x.shape[d]
     return order
+
+
+@jit
+def round_half_even(value):
+    """Round float32 to the nearest whole number, halves to even, exactly while ``|value| < 2^22``.
+
+    Beyond that it stays beyond: what is clamped to a code afterwards is clamped alike.
+    """
+    return (value + 12582912.0) - 12582912.0
+
+
+@jit
+def gather_codes(row_ptr, position, mask, BITS: tl.constexpr):
+    """Load the codes (int32) at any `position` of the rows that start at `row_ptr`; 0 where `mask` is false."""
+    bit = position * BITS
+    word = tl.load(row_ptr + bit // 8, mask=mask, other=0).to(tl.int32)
+    shift = (bit % 8).to(tl.int32)
+    if 8 % BITS:  # a code may straddle two bytes
+        straddles = mask & (shift + BITS > 8)
+        word |= tl.load(row_ptr + bit // 8 + 1, mask=straddles, other=0).to(tl.int32) << 8
+    return (word >> shift) & ((1 << BITS) - 1)

@@ -1,18 +1,21 @@
 """Integer codes: quantise to them, and keep them as a little-endian bit stream.
 
-Code k of a row occupies bits ``k * bits .. k * bits + bits - 1`` of the row's stream; bit j of the stream is bit ``j % 8``
-of byte ``j // 8``; rows are padded with zeros to a whole byte. This order is the one on disk.
+Code k of a row occupies bits ``k * bits .. k * bits + bits - 1`` of the row's stream; bit j of the stream is bit
+``j % 8`` of byte ``j // 8``; rows are padded with zeros to a whole byte. This order is the one on disk.
 """
 
 import torch
 
-from ._tiles import expand
+from . import _native
+from ._tiles import canonical, dense, expand, gather_codes, round_half_even
+from ._triton import jit, tl, triton
+from ._triton import refuses as refuses_triton
 
 PACKABLE = (2, 3, 4, 8)
 
 
 def reference(x, scale, zero, qmin, qmax, axis, group):
-    """Return (codes, nonfinite): ``clamp(round(x / scale) + zero, qmin, qmax)`` and how many inputs were NaN or infinite.
+    """Return ``clamp(round(x / scale) + zero, qmin, qmax)`` and how many inputs were NaN or infinite.
 
     A NaN has no code: it gets the code of 0.0, and is counted.
     """
@@ -68,3 +71,204 @@ def exact_dtype(terms: int, *bits: int) -> torch.dtype:
     for b in bits:
         largest *= (1 << b) - 1
     return torch.float32 if largest < 1 << 24 else torch.float64
+
+
+@jit
+def _quantize_codes_kernel(
+    x_ptr,
+    scale_ptr,
+    zero_ptr,
+    code_ptr,
+    partial_ptr,
+    n,
+    channels,
+    inner,
+    qmin,
+    qmax,
+    ONE_SCALE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < n
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    channel = 0 if ONE_SCALE else (offs // inner) % channels
+    scale = tl.load(scale_ptr + channel)
+    zero = round_half_even(tl.load(zero_ptr + channel).to(tl.float32))
+    code = round_half_even(tl.div_rn(x, scale)) + zero
+    code = tl.where(code != code, zero, code)
+    code = tl.minimum(tl.maximum(code, qmin), qmax)
+    tl.store(code_ptr + offs, code.to(tl.uint8), mask=mask)
+    nonfinite = (x - x) != 0.0  # NaN and infinity alike
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(nonfinite.to(tl.int32), axis=0))
+
+
+@jit
+def _pack_codes_kernel(code_ptr, word_ptr, n, k, row_bytes, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < n
+    row, byte = offs // row_bytes, offs % row_bytes
+    first = byte * 8 // BITS  # the code that holds the lowest bit of the byte
+    word = tl.zeros((BLOCK,), tl.int32)
+    for i in tl.static_range(8 // BITS + (2 if 8 % BITS else 0)):
+        code = tl.load(code_ptr + row * k + first + i, mask=mask & (first + i < k), other=0).to(tl.int32)
+        word |= (code & ((1 << BITS) - 1)) << (i * BITS)
+    word >>= (byte * 8 - first * BITS).to(tl.int32)
+    tl.store(word_ptr + offs, word.to(tl.uint8), mask=mask)
+
+
+@jit
+def _unpack_codes_kernel(word_ptr, code_ptr, n, k, row_bytes, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < n
+    row, position = offs // k, offs % k
+    code = gather_codes(word_ptr + row * row_bytes, position, mask, BITS)
+    tl.store(code_ptr + offs, code.to(tl.uint8), mask=mask)
+
+
+BLOCK = 1024
+
+
+def launch(x, scale, zero, qmin, qmax, axis, group):
+    """Run the Triton kernel: codes in one pass, the count from one int32 a program."""
+    codes, source, target = _allocate(x, group)
+    _, channels, inner = canonical(source, axis, group)
+    grid = (triton.cdiv(x.numel(), BLOCK),)
+    partial = torch.empty(grid, dtype=torch.int32, device=x.device)
+    if x.numel():
+        with torch.cuda.device_of(x):
+            _quantize_codes_kernel[grid](
+                source,
+                scale.contiguous(),
+                zero.contiguous(),
+                target,
+                partial,
+                x.numel(),
+                channels,
+                inner,
+                float(qmin),
+                float(qmax),
+                ONE_SCALE=channels == 1,
+                BLOCK=BLOCK,
+                enable_fp_fusion=False,
+            )
+    return codes if target is codes else codes.copy_(target), partial.sum(dtype=torch.int32)
+
+
+def refuses(x, *args):
+    """Say why the Triton kernel cannot quantise, or None."""
+    return refuses_triton()
+
+
+def launch_cpu(x, scale, zero, qmin, qmax, axis, group):
+    """Run the native CPU kernel."""
+    codes, source, target = _allocate(x, group)
+    nonfinite = torch.empty((), dtype=torch.int32)
+    form = canonical(source, axis, group)
+    _native.quantize_codes(source, target, scale.contiguous(), zero.contiguous(), nonfinite, qmin, qmax, *form)
+    return codes if target is codes else codes.copy_(target), nonfinite
+
+
+def refuses_cpu(x, scale, zero, *args):
+    """Say why the native CPU kernel cannot quantise, or None."""
+    if x.dtype not in _native.DTYPES:
+        return f"x is {x.dtype}; the native kernel takes float32, bfloat16 and float16"
+    if zero.dtype not in (torch.float32, torch.int32):
+        return f"zero is {zero.dtype}; the native kernel takes float32 and int32"
+    return _native.reason("cpu")
+
+
+def pack_launch(codes, bits):
+    """Run the Triton kernel that packs, a byte of words a thread."""
+    codes, words = _allocate_words(codes, bits)
+    if words.numel():
+        with torch.cuda.device_of(codes):
+            _pack_codes_kernel[(triton.cdiv(words.numel(), BLOCK),)](
+                codes, words, words.numel(), codes.shape[-1], words.shape[-1], BITS=bits, BLOCK=BLOCK
+            )
+    return words
+
+
+def pack_refuses(codes, bits):
+    """Say why the Triton kernel cannot pack, or None."""
+    return refuses_triton()
+
+
+def unpack_launch(words, bits, k):
+    """Run the Triton kernel that unpacks, a code a thread."""
+    words = words.contiguous()
+    codes = words.new_empty((*words.shape[:-1], k))
+    if codes.numel():
+        with torch.cuda.device_of(words):
+            _unpack_codes_kernel[(triton.cdiv(codes.numel(), BLOCK),)](
+                words, codes, codes.numel(), k, words.shape[-1], BITS=bits, BLOCK=BLOCK
+            )
+    return codes
+
+
+def unpack_refuses(words, bits, k):
+    """Say why the Triton kernel cannot unpack, or None."""
+    return refuses_triton()
+
+
+def pack_launch_native(codes, bits):
+    """Run the native kernel that packs, on the CPU or the GPU, wherever `codes` are."""
+    codes, words = _allocate_words(codes, bits)
+    _native.pack_codes(codes, words, bits)
+    return words
+
+
+def unpack_launch_native(words, bits, k):
+    """Run the native kernel that unpacks, on the CPU or the GPU, wherever `words` are."""
+    codes = words.new_empty((*words.shape[:-1], k))
+    _native.unpack_codes(words.contiguous(), codes, bits)
+    return codes
+
+
+def pack_refuses_cpu(codes, bits):
+    """Say why the native CPU kernel cannot pack, or None."""
+    return _refuses_native("cpu", codes, bits)
+
+
+def pack_refuses_cuda(codes, bits):
+    """Say why the CUDA C kernel cannot pack, or None."""
+    return _refuses_native("cuda", codes, bits)
+
+
+def unpack_refuses_cpu(words, bits, k):
+    """Say why the native CPU kernel cannot unpack, or None."""
+    return _refuses_native("cpu", words, bits) or _refuses_rows(words, bits, k)
+
+
+def unpack_refuses_cuda(words, bits, k):
+    """Say why the CUDA C kernel cannot unpack, or None."""
+    return _refuses_native("cuda", words, bits) or _refuses_rows(words, bits, k)
+
+
+pack_launch_cpu = pack_launch_cuda = pack_launch_native
+unpack_launch_cpu = unpack_launch_cuda = unpack_launch_native
+
+
+def _allocate(x, group):
+    """Return the codes as the op allocates them, `x` as a kernel can walk it, and codes in the order of that walk."""
+    codes = torch.empty_like(x, dtype=torch.uint8)
+    source = x.contiguous() if group else dense(x)
+    same = codes.stride() == source.stride()
+    return codes, source, codes if same else torch.empty_like(source, dtype=torch.uint8)
+
+
+def _allocate_words(codes, bits):
+    return codes.contiguous(), codes.new_empty((*codes.shape[:-1], row_bytes(codes.shape[-1], bits)))
+
+
+def _refuses_native(device, codes, bits):
+    if codes.device.type != device:
+        return f"the codes are on {codes.device.type}; this implementation needs them on {device}"
+    if bits not in _native.BITS:
+        return f"bits is {bits}; the native kernels take 2, 3, 4 and 8"
+    return _native.reason(device)
+
+
+def _refuses_rows(words, bits, k):
+    if words.shape[-1] != row_bytes(k, bits):
+        return f"{k} codes of {bits} bits fill {row_bytes(k, bits)} bytes a row, got {words.shape[-1]}"
+    return None
