@@ -1,0 +1,264 @@
+"""The Adapter: a model that predicts and then learns from what it has just seen."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .guard import Guard, Skip, finite
+from .losses import entropy
+from .method import Method
+from .statistics import restore_statistics
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Say what one batch did.
+
+    Args:
+        batch: Number of the batch since the last reset, from 0.
+        images: Images in it.
+        loss: What the method minimised; None where there is none or the step was skipped.
+        entropy: Mean over the batch before the step, in nats; None where it is not finite.
+        skipped: Whether the adapted tensors were left, or put back, as they were.
+        reason: Why it was skipped.
+        returned: What the caller got: "logits", or what else and why.
+        seconds: Wall time, prediction included.
+    """
+
+    batch: int
+    images: int
+    loss: float | None
+    entropy: float | None
+    skipped: bool
+    reason: str | None
+    returned: str
+    seconds: float
+
+
+class Adapter(nn.Module):
+    """Predict, then update: ``logits = adapter(x)`` for ever, on a changing stream.
+
+    Made by `ttaq.adapt`. The logits are those before the update. Gradients are switched on inside, so callers may
+    sit under no_grad or inference_mode; what comes back carries no graph. Images with NaN or Inf get NaN logits,
+    the others of their batch are predicted without them, and no step is taken.
+
+    Args:
+        model: The network that adapts, in eval mode, owned by the Adapter.
+        method: What adapts it; made on `model`.
+        name: The method's name, written into the state.
+        flags: Whether each parameter required a gradient in the caller's model; `export` gives that back.
+        guard: Whether NaN and Inf skip the step and restore the last good state.
+        history: How many `Step`s are remembered, the latest; they outlive `reset`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        *,
+        name: str,
+        flags: dict[str, bool],
+        guard: bool = True,
+        history: int = 1000,
+    ) -> None:
+        super().__init__()
+        self.model, self.method, self.name = model, method, name
+        self.history: deque[Step] = deque(maxlen=history)
+        self.images = self.steps = self.skipped = 0
+        self.guard = Guard(model, lambda: method.tensors().values(), lambda: method.optimizer, guard)
+        self._flags = flags
+        self._frozen = False
+        self._first = {key: tensor.detach().clone() for key, tensor in method.tensors().items()}
+        self.training = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of a batch, then adapt to it (inside `frozen`: only predict).
+
+        Args:
+            x: (batch, ...), on the model's device; an empty batch gives empty logits and no step.
+
+        Returns:
+            (batch, classes), detached.
+        """
+        return self.predict(x) if self._frozen else self._adapt(x)
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Return the logits of a batch and change nothing."""
+        with _plain(grad=False):
+            return self._answer(self._receive(x))[0]
+
+    def update(self, x: Tensor) -> Step:
+        """Adapt to a batch and return what happened, refusing inside `frozen`."""
+        if self._frozen:
+            raise ValueError("Adapter.update: the adapter is frozen; leave the frozen() block first")
+        self._adapt(x)
+        return self.history[-1]
+
+    @contextmanager
+    def frozen(self) -> Iterator[Adapter]:
+        """Make calls predict only, until the block ends."""
+        before, self._frozen = self._frozen, True
+        try:
+            yield self
+        finally:
+            self._frozen = before
+
+    def train(self, mode: bool = True) -> Adapter:
+        """Do nothing: the model inside stays in eval mode, methods choose their statistics themselves."""
+        return self
+
+    def reset(self) -> None:
+        """Put adapted tensors, optimizer, averages and counters back to the first moment, bit for bit."""
+        with _plain(grad=False):
+            for name, tensor in self.method.tensors().items():
+                tensor.copy_(self._first[name])
+            self.method.reset()
+        self.images = self.steps = self.skipped = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of all that adapted: tensors, the method's memory and the counters; no weights."""
+        with _plain(grad=False):
+            return {
+                "format": FORMAT,
+                "method": self.name,
+                "tensors": {name: tensor.detach().clone() for name, tensor in self.method.tensors().items()},
+                "memory": self.method.state_dict(),
+                "counters": {"images": self.images, "steps": self.steps, "skipped": self.skipped},
+            }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`, bit for bit, on an Adapter made with the same model and arguments.
+
+        Raises:
+            ValueError: The state is of another format, method or model; nothing was changed.
+        """
+        live = self.method.tensors()
+        self._refuse(state, live)
+        with _plain(grad=False):
+            self.method.load_state_dict(state["memory"])
+            for name, tensor in live.items():
+                tensor.copy_(state["tensors"][name])
+        for name, value in state["counters"].items():
+            setattr(self, name, value)
+
+    def export(self) -> nn.Module:
+        """Return the adapted model as a plain one: eval mode, ordinary norm layers, no memory shared."""
+        with _plain(grad=False):
+            model = copy.deepcopy(self.model)
+            restore_statistics(model)
+        for name, parameter in model.named_parameters():
+            parameter.grad = None
+            parameter.requires_grad_(self._flags[name])
+        return model.eval()
+
+    def _adapt(self, x: Tensor) -> Tensor:
+        started = time.perf_counter()
+        loss = reason = None
+        with _plain(grad=self.method.needs_graph):
+            x = self._receive(x)
+            self.guard.begin()
+            logits, returned, whole = self._answer(x)
+            if not whole:
+                reason = "empty batch" if len(x) == 0 else "NaN or Inf in input"
+            else:
+                try:
+                    loss = self.method.update(x, logits, self.guard)
+                except BaseException as interruption:
+                    self.guard.restore()
+                    if not isinstance(interruption, Skip):
+                        raise
+                    reason = str(interruption)
+        logits = logits.detach()
+        self._record(started, logits, loss, reason, returned)
+        return logits
+
+    def _record(self, started: float, logits: Tensor, loss: Tensor | None, reason: str | None, returned: str) -> None:
+        with _plain(grad=False):
+            unsure = entropy(logits).mean()
+            values = torch.stack([unsure, unsure if loss is None else loss.float()]).tolist()
+        mean_entropy = values[0] if values[0] == values[0] else None
+        batch = self.steps + self.skipped
+        spent = time.perf_counter() - started
+        given_loss = None if loss is None else values[1]
+        self.history.append(
+            Step(batch, len(logits), given_loss, mean_entropy, reason is not None, reason, returned, spent)
+        )
+        self.images += len(logits)
+        self.steps += reason is None
+        self.skipped += reason is not None
+
+    def _answer(self, x: Tensor) -> tuple[Tensor, str, bool]:
+        """Return logits, what they are in words, and whether all images could be predicted."""
+        if len(x) == 0:
+            with torch.no_grad():
+                return self._logits(x.new_zeros((1, *x.shape[1:])))[:0], "empty logits", False
+        verdict = finite([x]) if self.guard.active else None
+        if verdict is None or verdict:
+            return self._logits(x), "logits", True
+        good = torch.isfinite(x.flatten(1)).all(1)
+        with torch.no_grad():
+            some = self._logits(x[good]) if good.any() else self._logits(torch.zeros_like(x[:1]))[:0]
+        logits = some.new_full((len(x), some.shape[1]), float("nan"))
+        logits[good] = some
+        return logits, f"NaN logits for {len(x) - len(some)} images, the others predicted without them", False
+
+    def _logits(self, x: Tensor) -> Tensor:
+        logits = self.method.predict(x)
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x):
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(
+                f"Adapter: the model must return logits of shape (batch, classes), got {got}; "
+                "pass forward=lambda model, x: model(x).logits, or what picks them out"
+            )
+        return logits
+
+    def _receive(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor) or x.dim() < 2:
+            got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"Adapter: a batch must be a tensor of shape (batch, ...), got {got}; stack the images")
+        home = next((t for t in chain(self.model.parameters(), self.model.buffers())), x).device
+        if x.device != home:
+            raise ValueError(f"Adapter: the batch is on {x.device} and the model on {home}; pass x.to({str(home)!r})")
+        return x.clone() if x.is_inference() else x
+
+    def _refuse(self, state: dict[str, Any], live: dict[str, Tensor]) -> None:
+        if state.get("format") != FORMAT or state.get("method") != self.name:
+            raise ValueError(
+                f"Adapter.load_state_dict: expected format {FORMAT} of method {self.name!r}, got "
+                f"{state.get('format')} of {state.get('method')!r}; adapt the model with the method it was saved from"
+            )
+        shapes = {name: tuple(t.shape) for name, t in live.items()}
+        given = {name: tuple(t.shape) for name, t in state["tensors"].items()}
+        if odd := sorted(name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name)):
+            raise ValueError(
+                f"Adapter.load_state_dict: {odd[0]} must have shape {shapes.get(odd[0])}, got {given.get(odd[0])}; "
+                "adapt the same model with the same arguments first"
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
+        super()._apply(fn, recurse)
+        self._first = {name: fn(tensor) for name, tensor in self._first.items()}
+        for values in self.method.optimizer.state.values() if self.method.optimizer else ():
+            for key, value in values.items():
+                if isinstance(value, Tensor) and value.dim():  # a step counter stays on the host
+                    values[key] = fn(value)
+        return self
+
+
+@contextmanager
+def _plain(grad: bool) -> Iterator[None]:
+    """Leave inference_mode and switch gradients as wanted: inference_mode(False) alone switches them on."""
+    with torch.inference_mode(False), torch.set_grad_enabled(grad):
+        yield

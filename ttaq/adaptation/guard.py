@@ -1,0 +1,137 @@
+"""Keep what adapts finite: look before a step and after it, and go back when it went wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class Skip(Exception):
+    """Stop an update; the message says why, as the history will."""
+
+
+class Guard:
+    """Check tensors for NaN and Inf, and hold a copy of the last good state.
+
+    Packed layers code their input, and a code has no NaN: they count non-finite activations in a buffer called
+    `nonfinite`, which the guard reads and sets back. All tensors of one check cost one transfer to the host.
+
+    Args:
+        model: The network whose `nonfinite` counters are read.
+        tensors: Returns the tensors that adapt.
+        optimizer: Returns the optimizer whose state belongs to them, or None.
+        active: False checks nothing and restores nothing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tensors: Callable[[], Iterable[Tensor]],
+        optimizer: Callable[[], Optimizer | None],
+        active: bool = True,
+    ) -> None:
+        self.active = active
+        self._counting = [m for m in model.modules() if isinstance(getattr(m, "nonfinite", None), Tensor)]
+        self._snapshot = Snapshot(tensors, optimizer)
+
+    def check(self, **groups: Iterable[Tensor | None]) -> None:
+        """Raise `Skip` where a tensor of a group, or a counter of the model, says NaN or Inf.
+
+        Args:
+            groups: Tensors under the name that the reason will use; None, empty and integer tensors pass.
+
+        Raises:
+            Skip: With the names of the groups that are not finite.
+        """
+        if not self.active:
+            return
+        flags = {name: flag for name, tensors in groups.items() if (flag := finite(tensors)) is not None}
+        if self._counting:
+            flags["activations inside packed layers"] = self._take_counters() == 0
+        if flags:
+            verdicts = torch.stack(list(flags.values())).tolist()
+            bad = [name.replace("_", " ") for name, good in zip(flags, verdicts, strict=True) if not good]
+            if bad:
+                raise Skip(f"NaN or Inf in {', '.join(bad)}")
+
+    def begin(self) -> None:
+        """Set the counters back and copy the present state, which is good."""
+        if self.active:
+            if self._counting:
+                torch._foreach_zero_([module.nonfinite for module in self._counting])
+            self._snapshot.save()
+
+    def restore(self) -> None:
+        """Write the copied state back."""
+        if self.active:
+            self._snapshot.restore()
+
+    def _take_counters(self) -> Tensor:
+        counters = [module.nonfinite for module in self._counting]
+        total = torch.stack([counter.reshape(()) for counter in counters]).sum()
+        torch._foreach_zero_(counters)
+        return total
+
+
+def finite(tensors: Iterable[Tensor | None]) -> Tensor | None:
+    """Tell without a transfer to the host whether all values are finite.
+
+    Args:
+        tensors: Any shapes on one device; None, empty and integer tensors are passed over.
+
+    Returns:
+        (), bool; None where there was nothing to look at.
+    """
+    floats = [t.detach() for t in tensors if t is not None and t.is_floating_point() and t.numel()]
+    if not floats:
+        return None
+    extremes = torch.aminmax(floats[0] if len(floats) == 1 else torch.cat([t.flatten() for t in floats]))
+    return torch.isfinite(extremes.min) & torch.isfinite(extremes.max)
+
+
+class Snapshot:
+    """Hold a copy of tensors and of an optimizer's state in memory that is used again.
+
+    Args:
+        tensors: Returns the tensors, always as many.
+        optimizer: Returns the optimizer or None; its state may appear and grow between two copies.
+    """
+
+    def __init__(self, tensors: Callable[[], Iterable[Tensor]], optimizer: Callable[[], Optimizer | None]) -> None:
+        self._tensors, self._optimizer = tensors, optimizer
+        self._copies: list[Tensor] = []
+        self._state: dict[Tensor, dict[str, Any]] = {}
+
+    def save(self) -> None:
+        """Copy the present values."""
+        optimizer = self._optimizer()
+        live = list(self._tensors())
+        state = {p: dict(values) for p, values in optimizer.state.items()} if optimizer else {}
+        live += [v for values in state.values() for v in values.values() if isinstance(v, Tensor)]
+        if [(t.shape, t.dtype, t.device) for t in live] != [(t.shape, t.dtype, t.device) for t in self._copies]:
+            self._copies = [t.detach().clone() for t in live]
+        else:
+            copy_all(self._copies, live)
+        self._state = state
+
+    def restore(self) -> None:
+        """Write the copied values back, and drop optimizer state that was not there."""
+        optimizer = self._optimizer()
+        live = list(self._tensors())
+        live += [v for values in self._state.values() for v in values.values() if isinstance(v, Tensor)]
+        copy_all(live, self._copies)
+        if optimizer:
+            optimizer.state.clear()
+            optimizer.state.update({p: dict(values) for p, values in self._state.items()})
+
+
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy tensors one to one, in one launch a device."""
+    with torch.no_grad():
+        for device in {t.device for t in targets}:
+            pairs = [(t, s) for t, s in zip(targets, sources, strict=True) if t.device == device]
+            torch._foreach_copy_([t for t, _ in pairs], [s for _, s in pairs])
