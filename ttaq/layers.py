@@ -5,6 +5,8 @@ layer gives the same bits. In train mode, and while a rounding is learned, it co
 that weights and scales receive gradients.
 """
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -152,15 +154,23 @@ class _PackedLayer(nn.Module):
         self.input_quantizer = ActivationQuantizer(x_spec, device=device) if x_spec else None
         self.register_buffer("nonfinite", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
 
+    @classmethod
     @torch.no_grad()
-    def take(self, layer: "QuantLinear | QuantConv2d") -> None:
-        """Pack the codes of a calibrated layer and take over its grid, bias and input quantiser."""
+    def from_quantized(cls, layer: "QuantLinear | QuantConv2d"):
+        """Pack the codes of a calibrated layer; grid, bias and input quantiser are copied.
+
+        Raises:
+            ValueError: The layer has no ranges yet, or weights of 5 to 7 bits.
+        """
+        new = cls.like(layer, _ready_specs(layer), device="meta")
         codes, scale, zero = layer.weight_quantizer.integer(layer.weight)
-        self.words = ops.pack_codes(codes.flatten(1), self.spec.bits)
-        self.scale, self.zero = scale.detach().clone(), zero
+        new.words = ops.pack_codes(codes.flatten(1), new.spec.bits)
+        new.scale, new.zero = scale.detach().clone(), zero
         if layer.bias is not None:
-            self.bias = nn.Parameter(layer.bias.detach().clone())
-        self.input_quantizer = layer.input_quantizer
+            new.bias = nn.Parameter(layer.bias.detach().clone())
+        new.input_quantizer = copy.deepcopy(layer.input_quantizer)
+        new.nonfinite = torch.zeros((), dtype=torch.int64, device=layer.weight.device)
+        return new.train(layer.training)
 
 
 class PackedLinear(_PackedLayer):
@@ -180,12 +190,9 @@ class PackedLinear(_PackedLayer):
         self.in_features, self.out_features = in_features, out_features
 
     @classmethod
-    def from_quantized(cls, layer: QuantLinear) -> "PackedLinear":
-        """Pack a calibrated QuantLinear."""
-        specs = _ready_specs(layer)
-        new = cls(layer.in_features, layer.out_features, layer.bias is not None, recipe=specs, device="meta")
-        new.take(layer)
-        return _on_device(new, layer)
+    def like(cls, layer: nn.Linear, recipe, device=None) -> "PackedLinear":
+        """Build an empty packed layer of the sizes of `layer`."""
+        return cls(layer.in_features, layer.out_features, layer.bias is not None, recipe=recipe, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., K) to (..., N)."""
@@ -222,12 +229,10 @@ class PackedConv2d(_PackedLayer):
             setattr(self, name, getattr(geometry, name))
 
     @classmethod
-    def from_quantized(cls, layer: QuantConv2d) -> "PackedConv2d":
-        """Pack a calibrated QuantConv2d."""
+    def like(cls, layer: nn.Conv2d, recipe, device=None) -> "PackedConv2d":
+        """Build an empty packed layer of the sizes of `layer`."""
         arguments = {name: getattr(layer, name) for name in _GEOMETRY if not name.startswith("_")}
-        new = cls(**arguments, bias=layer.bias is not None, recipe=_ready_specs(layer), device="meta")
-        new.take(layer)
-        return _on_device(new, layer)
+        return cls(**arguments, bias=layer.bias is not None, recipe=recipe, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, O, H', W')."""
@@ -291,8 +296,3 @@ def _ready_specs(layer):
     if not all(q.ready or q.auto for q in quantizers[:1]) or not all(q.ready for q in quantizers[1:]):
         raise ValueError("pack: the layer has no calibrated ranges; run ttaq.calibrate, or the layer once, first")
     return _packed_specs(tuple(q and q.spec for q in (layer.weight_quantizer, layer.input_quantizer)))
-
-
-def _on_device(new, layer):
-    new.nonfinite = torch.zeros((), dtype=torch.int64, device=layer.weight.device)
-    return new.train(layer.training)

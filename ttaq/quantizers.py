@@ -71,15 +71,14 @@ class ActivationQuantizer(Quantizer):
             raise ValueError(f'activations: granularity must be "tensor" or "token", got {spec.granularity!r}')
         super().__init__(spec, (), auto, device)
         self.drop = 0.0
-        self.samples: list[Tensor] | None = None
         if spec.granularity == "token":
             self.set_range(torch.ones(()), torch.zeros(()))
 
-    def observe(self, x: Tensor, generator: torch.Generator) -> None:
-        """Keep a random sample of the finite values of `x` for `fit`, with its extremes."""
+    def sample(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw some thousand values of `x`, float32, its extremes among them."""
         flat = x.detach().float().flatten()
         picked = torch.randint(flat.numel(), (min(_SAMPLE, flat.numel()),), generator=generator)
-        self.samples.append(torch.cat([flat[picked.to(flat.device)], flat.min()[None], flat.max()[None]]))
+        return torch.cat([flat[picked.to(flat.device)], flat.min()[None], flat.max()[None]])
 
     def fit(self, values: Tensor) -> None:
         """Choose the range for these values, any shape."""

@@ -1,12 +1,13 @@
 """Change a model's modules by name, and copy it without copying everything."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-__all__ = ["copy_model", "device_of", "names_of", "replace"]
+__all__ = ["copy_model", "device_of", "evaluating", "names_of", "replace"]
 
 
 def names_of(model: nn.Module, module: nn.Module) -> tuple[str, ...]:
@@ -82,3 +83,15 @@ def device_of(model: nn.Module) -> torch.device:
             f"device_of: the model must be on one device, got {', '.join(devices)}; move it with model.to(...)"
         )
     return torch.device(devices[0] if devices else "cpu")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module in eval mode while the context is open; each gets its own mode back."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training

@@ -1,0 +1,62 @@
+"""What a user may pass as calibration data: a re-iterable of tensors, (x, y) pairs or dicts."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Forward = Callable[[nn.Module, Any], Tensor]
+
+
+def collect(verb: str, batches: Iterable, device: torch.device) -> list:
+    """Read every batch, without its labels, and check it.
+
+    Args:
+        verb: Named in messages.
+        batches: Tensors (B, ...), tuples whose first entry is such a tensor, or dicts of tensors for `model(**batch)`.
+        device: Where the model is.
+
+    Returns:
+        The inputs, one entry a batch, on `device`.
+
+    Raises:
+        ValueError: There is no batch, a batch is empty or not a tensor, or a value is NaN or infinite.
+    """
+    if isinstance(batches, Tensor):
+        batches = [batches]
+    inputs = [_to(_input_of(verb, batch), device) for batch in batches]
+    if not inputs:
+        raise ValueError(f"{verb}: the calibration set is empty; pass a re-iterable of batches, some hundred images")
+    for i, entry in enumerate(inputs):
+        for tensor in entry.values() if isinstance(entry, dict) else (entry,):
+            if tensor.shape[:1] == (0,):
+                raise ValueError(f"{verb}: batch {i} holds no image; drop it")
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise ValueError(f"{verb}: batch {i} holds NaN or infinite values; clean the calibration images")
+    return inputs
+
+
+def call(model: nn.Module, entry: Any, forward: Forward | None) -> Any:
+    """Run the model on one entry of `collect`."""
+    if forward is not None:
+        return forward(model, entry)
+    return model(**entry) if isinstance(entry, dict) else model(entry)
+
+
+def _input_of(verb, batch):
+    if isinstance(batch, (tuple, list)) and batch:
+        batch = batch[0]
+    if isinstance(batch, dict):
+        return {k: v for k, v in batch.items() if isinstance(v, Tensor) and k not in ("labels", "label", "y")}
+    if not isinstance(batch, Tensor):
+        raise ValueError(
+            f"{verb}: a batch must be a tensor, an (x, y) pair or a dict of tensors, got {type(batch).__name__}"
+        )
+    return batch
+
+
+def _to(entry, device):
+    if isinstance(entry, dict):
+        return {k: v.to(device) for k, v in entry.items()}
+    return entry.to(device)

@@ -1,0 +1,71 @@
+"""calibrate: set every scale from a few hundred images."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from .batches import Forward, call, collect
+from .layers import QuantConv2d, QuantLinear
+from .quantizers import ActivationQuantizer, disabled
+from .surgery import device_of, evaluating
+
+
+def calibrate(model: nn.Module, batches: Iterable, *, forward: Forward | None = None, seed: int = 0) -> dict:
+    """Choose the range of every weight, and of every activation that the float model shows on `batches`.
+
+    Args:
+        model: A prepared model; its scales are set in place, nothing else changes.
+        batches: A re-iterable of tensors, (x, y) pairs or dicts; a few hundred images.
+        forward: Runs the model on one batch, `forward(model, x)`, when `model(x)` does not.
+        seed: Of the values that are sampled from each activation.
+
+    Returns:
+        `model.ttaq_report`, with the number of images under "calibration".
+
+    Raises:
+        ValueError: Nothing to calibrate, no images, NaN in them, or NaN in an activation, named.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (QuantLinear, QuantConv2d))}
+    quantizers = {n: m for n, m in model.named_modules() if isinstance(m, ActivationQuantizer)}
+    if not layers and not quantizers:
+        raise ValueError("calibrate: the model has no quantised layers; call ttaq.prepare first")
+    inputs = collect("calibrate", batches, device_of(model))
+    samples = _observe(model, inputs, quantizers, forward, seed)
+    for layer in layers.values():
+        if layer.weight_quantizer is not None:
+            layer.weight_quantizer.fit(layer.weight)
+    for name, values in samples.items():
+        quantizers[name].fit(values)
+    unseen = [n for n, q in quantizers.items() if n not in samples and q.spec.granularity == "tensor"]
+    report = model.ttaq_report = getattr(model, "ttaq_report", {})
+    report["calibration"] = {"images": sum(_length(entry) for entry in inputs), "unseen": unseen}
+    return report
+
+
+@torch.no_grad()
+def _observe(model, inputs, quantizers, forward, seed):
+    """Run the float model and gather a sample of the values that reach each quantiser."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = {name: [] for name in quantizers}
+
+    def watch(name):
+        return lambda module, args: samples[name].append(module.sample(args[0], generator))
+
+    hooks = [quantizer.register_forward_pre_hook(watch(name)) for name, quantizer in quantizers.items()]
+    try:
+        with disabled(model), evaluating(model):
+            for entry in inputs:
+                call(model, entry, forward)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    gathered = {name: torch.cat(parts) for name, parts in samples.items() if parts}
+    for name, values in gathered.items():
+        if not torch.isfinite(values).all():
+            raise ValueError(f"calibrate: the input of {name} holds NaN or infinite values; check the model's weights")
+    return gathered
+
+
+def _length(entry):
+    return len(next(iter(entry.values())) if isinstance(entry, dict) else entry)
