@@ -48,7 +48,7 @@ def corrupt(images, name, severity, *, seed=0, table="cifar", start=0, index=Non
     index = np.arange(start, start + len(images)) if index is None else np.asarray(index)
     check_corruption(name, severity, table)
     _check_images(images, index, seed)
-    function, level = _FUNCTIONS[name], LEVELS[table][name][int(severity) - 1]
+    function, level = _FUNCTIONS[name], LEVELS[table][name][severity - 1]
     if name == "frost":
         scale = {"cifar": 0.2, "imagenet": 1.0}[table]
         level = (*level, grow_frost(scale) if frost_folder is None else read_frost(frost_folder, scale))
@@ -57,7 +57,7 @@ def corrupt(images, name, severity, *, seed=0, table="cifar", start=0, index=Non
     chunk = max(1, _CHUNK // max(1, images[:1].size))
     for first in range(0, len(images), chunk):
         part = slice(first, first + chunk)
-        generators = [np.random.default_rng([seed, number, int(severity), int(i)]) for i in index[part]]
+        generators = [np.random.default_rng([seed, number, severity, int(i)]) for i in index[part]]
         pixels = _to_pixels(function(images[part].astype(np.float32) / 255, level, generators))
         corrupted[part] = pixels if table == "cifar" else _save_as_jpeg(pixels, 85)
     return corrupted
@@ -67,7 +67,7 @@ def check_corruption(name, severity, table):
     """Refuse a corruption, severity or table that does not exist, in one sentence."""
     if name not in _FUNCTIONS:
         raise ValueError(f"corrupt: name must be one of {', '.join(CORRUPTIONS)}; got {name!r}")
-    if severity not in range(1, 6):
+    if not isinstance(severity, int | np.integer) or severity not in range(1, 6):
         raise ValueError(
             f"corrupt: severity must be 1, 2, 3, 4 or 5, got {severity!r}; use the images as they are for 0"
         )
