@@ -2,7 +2,7 @@
 
 import torch
 
-from ._triton import jit, tl
+from ._triton import jit, tl, triton
 
 
 def expand(values: torch.Tensor, x: torch.Tensor, axis: int | None, group: int) -> torch.Tensor:
@@ -39,6 +39,18 @@ def reduce(terms: torch.Tensor, axis: int | None, group: int) -> torch.Tensor:
 def dense(x: torch.Tensor) -> torch.Tensor:
     """Return `x`, or its contiguous copy where its elements do not fill one stretch of memory in some axis order."""
     return x if _physical_order(x) is not None else x.contiguous()
+
+
+def walkable(output: torch.Tensor, group: int) -> torch.Tensor:
+    """Return where a kernel writes: the dense `output`, or contiguous scratch where groups lie scattered in it."""
+    if group and not output.is_contiguous():
+        return torch.empty_like(output, memory_format=torch.contiguous_format)
+    return output
+
+
+def in_order_of(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return `x`, or a copy of it, in the memory order of the dense `target`."""
+    return x if x.stride() == target.stride() else torch.empty_like(target, dtype=x.dtype).copy_(x)
 
 
 def canonical(x: torch.Tensor, axis: int | None, group: int) -> tuple[int, int, int]:
@@ -99,3 +111,144 @@ def gather_codes(row_ptr, position, mask, BITS: tl.constexpr):
         straddles = mask & (shift + BITS > 8)
         word |= tl.load(row_ptr + bit // 8 + 1, mask=straddles, other=0).to(tl.int32) << 8
     return (word >> shift) & ((1 << BITS) - 1)
+
+
+def matrix(outer: int, channels: int, inner: int) -> tuple[int, int, bool]:
+    """View the canonical form as (rows, columns, by_row): each row has one scale, or else each column has."""
+    if channels == 1:
+        return 1, outer * inner, True
+    if inner == 1:
+        return outer, channels, False
+    return outer * channels, inner, True
+
+
+def tile_shape(rows: int, columns: int, elements: int) -> tuple[int, int]:
+    """Choose the tile of a matrix: as long in memory as the rows allow, of `elements` (a power of two) in all."""
+    width = elements if rows == 1 else min(elements, max(16, triton.next_power_of_2(columns)))
+    return elements // width, width
+
+
+@jit
+def load_scales(
+    scale_ptr, zero_ptr, row, column, C, W, BY_ROW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Load (scale, round(zero)) of a tile as a column, where each row has one, or as a row, where each column has."""
+    if BY_ROW:
+        channel = ((row % C).to(tl.int32) + tl.arange(0, ROWS)) % C
+        scale, zero = tl.load(scale_ptr + channel)[:, None], tl.load(zero_ptr + channel)[:, None]
+    else:
+        channel = column + tl.arange(0, COLUMNS)
+        scale = tl.load(scale_ptr + channel, mask=channel < W, other=1.0)[None, :]
+        zero = tl.load(zero_ptr + channel, mask=channel < W, other=0)[None, :]
+    return scale, round_half_even(zero.to(tl.float32))
+
+
+@jit
+def load_tile(ptr, row, column, R, W, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Load the float32 tile at (row, column) of an (R, W) matrix, 0 beyond its edges; a whole tile without masks."""
+    offs = tl.arange(0, ROWS)[:, None] * W + tl.arange(0, COLUMNS)[None, :]
+    ptr += row * W + column
+    if (row + ROWS <= R) & (column + COLUMNS <= W):
+        tile = tl.load(ptr + offs)
+    else:
+        tile = tl.load(ptr + offs, mask=tile_mask(row, column, R, W, ROWS, COLUMNS), other=0.0)
+    return tile.to(tl.float32)
+
+
+@jit
+def store_tile(ptr, tile, row, column, R, W, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Store what `load_tile` loads, rounded to the dtype of `ptr`."""
+    offs = tl.arange(0, ROWS)[:, None] * W + tl.arange(0, COLUMNS)[None, :]
+    ptr += row * W + column
+    if (row + ROWS <= R) & (column + COLUMNS <= W):
+        tl.store(ptr + offs, tile)
+    else:
+        tl.store(ptr + offs, tile, mask=tile_mask(row, column, R, W, ROWS, COLUMNS))
+
+
+@jit
+def tile_mask(row, column, R, W, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Mark the elements of the tile at (row, column) that lie inside an (R, W) matrix."""
+    return (row + tl.arange(0, ROWS) < R)[:, None] & (column + tl.arange(0, COLUMNS) < W)[None, :]
+
+
+@jit
+def clamp(value, low, high):
+    """Clamp, letting NaN through."""
+    value = tl.maximum(value, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(value, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
+def load_codes(row_ptr, start, row_bytes, BITS: tl.constexpr, COUNT: tl.constexpr, EVEN: tl.constexpr):
+    """Load the codes ``start .. start + COUNT - 1`` of the packed rows that start at `row_ptr`, each byte once.
+
+    Args:
+        row_ptr: (R,) pointers.
+        start: A multiple of the codes that fill whole bytes: 8 for 3 bits, else 8 / BITS.
+        row_bytes: Bytes of a row; what lies beyond reads as 0.
+        BITS: 2, 3, 4 or 8.
+        COUNT: Codes of a row, a power of two, at least 8.
+        EVEN: Every byte asked for lies in its row.
+
+    Returns:
+        (R, COUNT), uint8, or int32 for 3 bits.
+    """
+    RUN: tl.constexpr = 8 if BITS == 3 else 8 // BITS
+    BYTES: tl.constexpr = RUN * BITS // 8
+    byte = (start * BITS // 8 + tl.arange(0, COUNT // RUN) * BYTES)[None, :]
+    word = tl.load(row_ptr[:, None] + byte) if EVEN else tl.load(row_ptr[:, None] + byte, byte < row_bytes, 0)
+    if BITS == 8:
+        return word
+    if BITS == 3:
+        word = word.to(tl.int32)
+        for i in tl.static_range(1, BYTES):
+            pointers = row_ptr[:, None] + byte + i
+            more = tl.load(pointers) if EVEN else tl.load(pointers, byte + i < row_bytes, 0)
+            word |= more.to(tl.int32) << (8 * i)
+    shifts = (tl.arange(0, RUN) * BITS)[None, None, :].to(word.dtype)
+    codes = (word[:, :, None] >> shifts) & ((1 << BITS) - 1)
+    return tl.reshape(codes, (word.shape[0], COUNT))
+
+
+@jit
+def weight_operand(code, zero, WIDE: tl.constexpr):
+    """Turn the codes (N, K) of a weight into int8 for a tensor core: ``code - 128`` at 8 bits, else ``code - zero``."""
+    if WIDE:
+        return (code ^ 128).to(tl.int8, bitcast=True)
+    return (code.to(tl.int32) - zero[:, None]).to(tl.int8)
+
+
+@jit
+def activation_operand(code, WIDE: tl.constexpr):
+    """Turn the uint8 codes of an activation into int8 for a tensor core: ``code - 128`` at 8 bits, else ``code``."""
+    if WIDE:
+        code = code ^ 128
+    return code.to(tl.int8, bitcast=True)
+
+
+@jit
+def exact_sum(products, sum_w, sum_x, zero_w, zero_x, count, WIDE_W: tl.constexpr, WIDE_X: tl.constexpr):
+    """Correct the sum over k of operand products to that of ``(code_w - zero_w) * (code_x - zero_x)``.
+
+    With operands ``w = code_w - o`` and ``x = code_x - p`` and what the shifts left of the zeros, ``d = zero_w - o``
+    and ``e = zero_x - p``, it is ``sum w x - e sum w - d sum x + count d e``. All is modulo 2^32, so only the result
+    has to fit int32.
+
+    Args:
+        products: (N, M), int32: sum w x.
+        sum_w: (N,), int32: sum w.
+        sum_x: (M,), int32: sum x; read for wide weights alone, the others have d = 0.
+        zero_w: (N,), int32.
+        zero_x: (M,), int32, or a scalar.
+        count: How many k were summed.
+        WIDE_W: `weight_operand` shifted by 128.
+        WIDE_X: `activation_operand` shifted by 128.
+    """
+    if WIDE_X:
+        zero_x -= 128
+    zero_x += tl.zeros(sum_x.shape, tl.int32)
+    products -= sum_w[:, None] * zero_x[None, :]
+    if WIDE_W:
+        products += (zero_w - 128)[:, None] * (count * zero_x - sum_x)[None, :]
+    return products
