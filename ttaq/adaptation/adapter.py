@@ -77,7 +77,7 @@ class Adapter(nn.Module):
         self.model, self.method, self.name = model, method, name
         self.history: deque[Step] = deque(maxlen=history)
         self.images = self.steps = self.skipped = 0
-        self.guard = Guard(model, lambda: method.tensors().values(), lambda: method.optimizer, guard)
+        self.guard = Guard(model, method, guard)
         self._flags = flags
         self._frozen = False
         self._first = {key: tensor.detach().clone() for key, tensor in method.tensors().items()}
@@ -234,10 +234,12 @@ class Adapter(nn.Module):
         return x.clone() if x.is_inference() else x
 
     def _refuse(self, state: dict[str, Any], live: dict[str, Tensor]) -> None:
-        if state.get("format") != FORMAT or state.get("method") != self.name:
+        if not isinstance(state, dict) or not {"format", "method", "tensors", "memory", "counters"} <= state.keys():
+            raise ValueError("Adapter.load_state_dict: this is no state of an Adapter; pass what its state_dict() gave")
+        if state["format"] != FORMAT or state["method"] != self.name:
             raise ValueError(
                 f"Adapter.load_state_dict: expected format {FORMAT} of method {self.name!r}, got "
-                f"{state.get('format')} of {state.get('method')!r}; adapt the model with the method it was saved from"
+                f"{state['format']} of {state['method']!r}; adapt the model with the method it was saved from"
             )
         shapes = {name: tuple(t.shape) for name, t in live.items()}
         given = {name: tuple(t.shape) for name, t in state["tensors"].items()}

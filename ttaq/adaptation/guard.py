@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+
+class Adapting(Protocol):
+    """What a guard asks of a method."""
+
+    optimizer: Optimizer | None
+
+    def tensors(self) -> dict[str, Tensor]: ...
 
 
 class Skip(Exception):
@@ -22,21 +30,14 @@ class Guard:
 
     Args:
         model: The network whose `nonfinite` counters are read.
-        tensors: Returns the tensors that adapt.
-        optimizer: Returns the optimizer whose state belongs to them, or None.
+        method: What adapts: its `tensors()` and its `optimizer` are copied.
         active: False checks nothing and restores nothing.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tensors: Callable[[], Iterable[Tensor]],
-        optimizer: Callable[[], Optimizer | None],
-        active: bool = True,
-    ) -> None:
+    def __init__(self, model: nn.Module, method: Adapting, active: bool = True) -> None:
         self.active = active
         self._counting = [m for m in model.modules() if isinstance(getattr(m, "nonfinite", None), Tensor)]
-        self._snapshot = Snapshot(tensors, optimizer)
+        self._snapshot = Snapshot(method)
 
     def check(self, **groups: Iterable[Tensor | None]) -> None:
         """Raise `Skip` where a tensor of a group, or a counter of the model, says NaN or Inf.
@@ -51,7 +52,7 @@ class Guard:
             return
         flags = {name: flag for name, tensors in groups.items() if (flag := finite(tensors)) is not None}
         if self._counting:
-            flags["activations inside packed layers"] = self._take_counters() == 0
+            flags["activations of quantised layers"] = self._take_counters() == 0
         if flags:
             verdicts = torch.stack(list(flags.values())).tolist()
             bad = [name.replace("_", " ") for name, good in zip(flags, verdicts, strict=True) if not good]
@@ -97,19 +98,18 @@ class Snapshot:
     """Hold a copy of tensors and of an optimizer's state in memory that is used again.
 
     Args:
-        tensors: Returns the tensors, always as many.
-        optimizer: Returns the optimizer or None; its state may appear and grow between two copies.
+        method: Its `tensors()` are always as many; the state of its `optimizer` may appear and grow between copies.
     """
 
-    def __init__(self, tensors: Callable[[], Iterable[Tensor]], optimizer: Callable[[], Optimizer | None]) -> None:
-        self._tensors, self._optimizer = tensors, optimizer
+    def __init__(self, method: Adapting) -> None:
+        self._method = method
         self._copies: list[Tensor] = []
         self._state: dict[Tensor, dict[str, Any]] = {}
 
     def save(self) -> None:
         """Copy the present values."""
-        optimizer = self._optimizer()
-        live = list(self._tensors())
+        optimizer = self._method.optimizer
+        live = list(self._method.tensors().values())
         state = {p: dict(values) for p, values in optimizer.state.items()} if optimizer else {}
         live += [v for values in state.values() for v in values.values() if isinstance(v, Tensor)]
         if [(t.shape, t.dtype, t.device) for t in live] != [(t.shape, t.dtype, t.device) for t in self._copies]:
@@ -120,8 +120,8 @@ class Snapshot:
 
     def restore(self) -> None:
         """Write the copied values back, and drop optimizer state that was not there."""
-        optimizer = self._optimizer()
-        live = list(self._tensors())
+        optimizer = self._method.optimizer
+        live = list(self._method.tensors().values())
         live += [v for values in self._state.values() for v in values.values() if isinstance(v, Tensor)]
         copy_all(live, self._copies)
         if optimizer:
