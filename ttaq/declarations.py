@@ -2,7 +2,7 @@
 
 import torch
 
-from .dispatch import Implementation, declare, never
+from .dispatch import Implementation, cpu, declare, gpu, never
 from .kernels import codes as cd
 from .kernels import fake_quant as fq
 from .kernels import packed_conv2d as pc
@@ -16,50 +16,66 @@ _CONV = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int gro
 
 FAKE_QUANT = declare(
     f"fake_quant(Tensor x, {_SCALES}) -> Tensor",
+    Implementation("triton", fq.launch, gpu(fq.refuses)),
+    Implementation("cpu", fq.launch_cpu, cpu(fq.refuses_cpu)),
     Implementation("reference", fq.reference, never),
     fake=lambda x, *_: torch.empty_like(x),
 )
 FAKE_QUANT_BACKWARD = declare(
     f"fake_quant_backward(Tensor grad, Tensor x, {_SCALES}) -> (Tensor dx, Tensor dscale, Tensor dzero)",
+    Implementation("triton", fq.launch_backward, gpu(fq.refuses_backward)),
+    Implementation("cpu", fq.launch_cpu_backward, cpu(fq.refuses_cpu_backward)),
     Implementation("reference", fq.reference_backward, never),
     fake=lambda grad, x, scale, *_: (torch.empty_like(x), torch.empty_like(scale), torch.empty_like(scale)),
 )
 SOFT_ROUND = declare(
     "soft_round(Tensor w, Tensor v, Tensor scale, Tensor zero, Tensor beta, int qmin, int qmax, int? axis, int group)"
     " -> (Tensor y, Tensor penalty)",
+    Implementation("triton", sr.launch, gpu(sr.refuses)),
     Implementation("reference", sr.reference, never),
     fake=lambda w, v, *_: (torch.empty_like(w), v.new_empty((), dtype=torch.float32)),
 )
 SOFT_ROUND_BACKWARD = declare(
     "soft_round_backward(Tensor grad, Tensor dpenalty, Tensor w, Tensor v, Tensor scale, Tensor zero, Tensor beta,"
     " int qmin, int qmax, int? axis, int group) -> Tensor",
+    Implementation("triton", sr.launch_backward, gpu(sr.refuses_backward)),
     Implementation("reference", sr.reference_backward, never),
     fake=lambda grad, dpenalty, w, v, *_: torch.empty_like(v),
 )
 QUANTIZE_CODES = declare(
     f"quantize_codes(Tensor x, {_SCALES}) -> (Tensor codes, Tensor nonfinite)",
+    Implementation("triton", cd.launch, gpu(cd.refuses)),
+    Implementation("cpu", cd.launch_cpu, cpu(cd.refuses_cpu)),
     Implementation("reference", cd.reference, never),
     fake=lambda x, *_: (torch.empty_like(x, dtype=torch.uint8), x.new_empty((), dtype=torch.int32)),
 )
 PACK_CODES = declare(
     "pack_codes(Tensor codes, int bits) -> Tensor",
+    Implementation("cuda", cd.pack_launch_native, gpu(cd.pack_refuses_cuda)),
+    Implementation("triton", cd.pack_launch, gpu(cd.pack_refuses)),
+    Implementation("cpu", cd.pack_launch_native, cpu(cd.pack_refuses_cpu)),
     Implementation("reference", cd.pack_reference, never),
     fake=lambda codes, bits: codes.new_empty((*codes.shape[:-1], cd.row_bytes(codes.shape[-1], bits))),
 )
 UNPACK_CODES = declare(
     "unpack_codes(Tensor words, int bits, int k) -> Tensor",
+    Implementation("cuda", cd.unpack_launch_native, gpu(cd.unpack_refuses_cuda)),
+    Implementation("triton", cd.unpack_launch, gpu(cd.unpack_refuses)),
+    Implementation("cpu", cd.unpack_launch_native, cpu(cd.unpack_refuses_cpu)),
     Implementation("reference", cd.unpack_reference, never),
     fake=lambda words, bits, k: words.new_empty((*words.shape[:-1], k)),
 )
 PACKED_LINEAR = declare(
     "packed_linear(Tensor x, Tensor words, Tensor scale, Tensor zero, Tensor? bias, int bits, int group,"
     " Tensor? x_scale, Tensor? x_zero, int x_bits, ScalarType dtype) -> Tensor",
+    Implementation("triton", pl.launch, gpu(pl.refuses)),
     Implementation("reference", pl.reference, never),
     fake=lambda x, words, *rest: x.new_empty((*x.shape[:-1], words.shape[0]), dtype=rest[-1]),
 )
 PACKED_LINEAR_BACKWARD = declare(
     "packed_linear_backward(Tensor grad, Tensor words, Tensor scale, Tensor zero, int bits, int group, int k)"
     " -> Tensor",
+    Implementation("triton", pl.launch_backward, gpu(pl.refuses_backward)),
     Implementation("reference", pl.reference_backward, never),
     fake=lambda grad, *rest: grad.new_empty((*grad.shape[:-1], rest[-1])),
 )

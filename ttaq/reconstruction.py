@@ -138,8 +138,10 @@ def _learn(model, block, cache, layers, tensors, schedule):
         x = quantised[picked]
         if schedule.drop:
             x = torch.where(torch.rand_like(x) < schedule.drop, floats[picked], x)
-        loss = _distance(run_block(model, block, x, cache.extras), targets[picked])
-        loss = loss + _penalty(roundings, step, schedule)
+        regularised = _progress_past_warmup(roundings, step, schedule)
+        loss = _distance(run_block(model, block, x), targets[picked])
+        if regularised:
+            loss = loss + schedule.penalty * sum(r.penalty for r in roundings if r.penalty is not None)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -169,16 +171,13 @@ def _optimizers(layers, activations, schedule):
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
 
 
-def _penalty(roundings, step, schedule):
-    """Sum AdaRound's regularisers with the sharpness of this step: 20 falls to 2 after the warm-up."""
-    done = (step / schedule.steps - schedule.warmup) / (1 - schedule.warmup)
-    beta = 20.0 if done < 0 else 2 + 18 * max(0.0, 1 - done)
-    total = 0.0
+def _progress_past_warmup(roundings, step, schedule) -> bool:
+    """Set the sharpness of AdaRound's regularisers, 20 falling to 2 after the warm-up; say whether that is over."""
+    done = (step / schedule.steps - schedule.warmup) / max(1 - schedule.warmup, 1e-9)
     for rounding in roundings:
-        if rounding.penalty is not None:
-            rounding.beta.fill_(beta)
-            total = total + rounding.penalty
-    return 0.0 if done < 0 else schedule.penalty * total
+        if schedule.rounding == "adaround":
+            rounding.beta.fill_(20.0 if done < 0 else 2 + 18 * max(0.0, 1 - done))
+    return done >= 0
 
 
 def _distance(output: Tensor, target: Tensor) -> Tensor:
