@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -59,7 +60,42 @@ class Row:
     tensor_core: tuple[str, ...]
 
 
-VARIANTS: list[Variant] = []
+def _tiled(module: str, kernel: str, name: str, pointers: dict, **constants) -> Variant:
+    """Describe a kernel over an (R, W) matrix whose columns are a multiple of 16."""
+    sizes = {"R": "i32", "W": "i32:16", "C": "i32", "qmin": "fp32", "qmax": "fp32"}
+    return Variant(module, kernel, name, {**pointers, **sizes, **constants})
+
+
+_LAYOUTS = {
+    "per tensor": {"R": 1, "C": 1, "BY_ROW": True, "BLOCK_R": 1},
+    "per row": {"BY_ROW": True, "BLOCK_R": 2},
+    "per column": {"BY_ROW": False, "BLOCK_R": 2},
+}
+
+
+def _fake_quant_variants() -> Iterator[Variant]:
+    for dtype in ("fp32", "bf16"):
+        x, scales = f"*{dtype}", {"scale_ptr": "*fp32", "zero_ptr": "*fp32"}
+        for layout, shape in _LAYOUTS.items():
+            name = f"{dtype}, {layout}"
+            pointers = {"x_ptr": x, "y_ptr": x, **scales}
+            block = {"BLOCK_W": 2048 // shape["BLOCK_R"]}
+            yield _tiled("fake_quant", "_fake_quant_kernel", name, pointers, **shape, **block)
+            pointers = {"grad_ptr": x, "dx_ptr": x, "dscale_ptr": "*fp32", "dzero_ptr": "*fp32", **pointers}
+            block = {"BLOCK_W": 1024 // shape["BLOCK_R"], "STEPS": 8}
+            yield _tiled("fake_quant", "_fake_quant_backward_kernel", name, pointers, **shape, **block)
+
+
+def _soft_round_variants() -> Iterator[Variant]:
+    names = ("w_ptr", "v_ptr", "scale_ptr", "zero_ptr", "beta_ptr", "y_ptr", "penalty_ptr")
+    backward = ("grad_ptr", "dpenalty_ptr", *names[:5], "dv_ptr")
+    for layout, shape in _LAYOUTS.items():
+        constants = {"STRETCH": 1.2, "SHIFT": -0.1, "BLOCK_W": 1024 // shape["BLOCK_R"], **shape}
+        for kernel, parameters in (("_soft_round_kernel", names), ("_soft_round_backward_kernel", backward)):
+            yield _tiled("soft_round", kernel, layout, dict.fromkeys(parameters, "*fp32"), **constants)
+
+
+VARIANTS: list[Variant] = [*_fake_quant_variants(), *_soft_round_variants()]
 
 
 def collect(variants: list[Variant] | None = None) -> list[Row]:
@@ -90,7 +126,7 @@ def _row(variant, arch):
         wide_loads=count(r"(LDG|LDGSTS|UBLKCP|UTMALDG).*(128|TMA|CP)"),
         wide_stores=count(r"(STG|UTMASTG).*(128|TMA)"),
         instructions=len(opcodes),
-        fused=len(re.findall(r"\bfma\.", ptx)),
+        fused=len(re.findall(r"\bfma\.rn\.(?!ftz)", ptx)),  # the ftz ones are those of exp and log
         exact_divisions=len(re.findall(r"\bdiv\.rn\.", ptx)),
         approximate_divisions=len(re.findall(r"\bdiv\.(full|approx)\.", ptx)),
         tensor_core=tuple(sorted({o.split(".")[0] for o in opcodes if re.match(r"(HMMA|IMMA|HGMMA|IGMMA|QGMMA)", o)})),

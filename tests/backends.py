@@ -55,3 +55,27 @@ def assert_same(got: torch.Tensor, wanted: torch.Tensor):
     assert not at, (
         f"{int(different.sum())} of {got.numel()} differ, first at {at}: {[(got[*i], wanted[*i]) for i in at]}"
     )
+
+
+def assert_as_good(got: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, terms: torch.Tensor | None = None):
+    """Bound the error against float64 by twice that of plain float32 torch, plus one ulp.
+
+    Args:
+        got: What a backend computed.
+        plain: What the reference computed in float32.
+        exact: The same in float64.
+        terms: For sums: the sum of the magnitudes of what each adds up, because terms cancel; every sum is then held to
+            its own bound. Without, the largest errors are compared, and the ulp is that of the largest value.
+    """
+    assert (got.dtype, got.shape) == (plain.dtype, plain.shape)
+    finite = exact.isfinite() & plain.isfinite()
+    torch.testing.assert_close(got[~finite], plain[~finite], rtol=0, atol=0, equal_nan=True)
+    if not finite.any():
+        return
+    errors = [(y.double() - exact)[finite].abs() for y in (got, plain)]
+    if terms is None:
+        terms, errors = exact[finite].abs().max(), [e.max() for e in errors]
+    else:
+        terms = terms[finite]
+    bound = 2 * errors[1] + terms * torch.finfo(torch.float32).eps
+    assert (errors[0] <= bound).all(), f"errors {errors[0]} exceed {bound}"

@@ -36,6 +36,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         del os.environ["TRITON_INTERPRET"]  # there is no Triton here: nothing is interpreted
 
 
+def pytest_configure(config):
+    """Silence numpy where the interpreter overflows and divides by zero as a GPU does: without a word."""
+    kinds = "(overflow|invalid value|divide by zero) encountered"
+    config.addinivalue_line("filterwarnings", f"ignore:{kinds}:RuntimeWarning:triton.runtime.interpreter")
+
+
 def pytest_collection_modifyitems(items):
     """Skip what needs a GPU where there is none."""
     if torch.cuda.is_available():
