@@ -73,6 +73,24 @@ def exact_dtype(terms: int, *bits: int) -> torch.dtype:
     return torch.float32 if largest < 1 << 24 else torch.float64
 
 
+def refuses_sum(terms: int, bits: int, x_bits: int) -> str | None:
+    """Say why a sum of products of codes may not fit int32, or None; zeros lie among the codes."""
+    if terms * ((1 << bits) - 1) * ((1 << x_bits) - 1) >= 1 << 31:
+        return f"{terms} products of {bits}- and {x_bits}-bit codes can pass 2^31; the kernel sums in int32"
+    return None
+
+
+def refuses_words(words, bits, group, k) -> str | None:
+    """Say why a Triton kernel cannot read rows of `k` codes, or None."""
+    if words.shape[-1] != k:
+        if bits not in PACKABLE:
+            return f"the words hold {bits} bits a code; the kernel reads 2, 3, 4 and 8"
+        run = 8 if bits == 3 else 8 // bits
+        if group % run:
+            return f"groups of {group} codes of {bits} bits start inside bytes; the kernel wants multiples of {run}"
+    return refuses_triton()
+
+
 @jit
 def _quantize_codes_kernel(
     x_ptr,

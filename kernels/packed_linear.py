@@ -4,9 +4,13 @@ Float activations: ``y = x @ ((code - zero) * scale).T + bias``. Activation code
 ``(code_x - zero_x) * (code_w - zero_w)`` is an exact integer, times ``scale_x * scale_w`` in float32, plus bias.
 """
 
+import math
+
 import torch
 
-from .codes import exact_dtype, stored_codes
+from ._tiles import activation_operand, exact_sum, load_codes, weight_operand
+from ._triton import jit, tl, triton
+from .codes import exact_dtype, refuses_sum, refuses_words, stored_codes
 
 
 def reference(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits, dtype):
@@ -42,3 +46,245 @@ def dequantise(words, scale, zero, bits, group, k):
     else:
         scale, zero = scale.unsqueeze(-1), zero.unsqueeze(-1)
     return (codes.float() - zero) * scale
+
+
+@jit
+def _packed_linear_kernel(
+    x_ptr,
+    word_ptr,
+    scale_ptr,
+    zero_ptr,
+    bias_ptr,
+    x_scale_ptr,
+    x_zero_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    row_bytes,
+    group,
+    stride_xm,
+    token,
+    INTEGER: tl.constexpr,
+    BITS: tl.constexpr,
+    WIDE_W: tl.constexpr,
+    WIDE_X: tl.constexpr,
+    GROUPED: tl.constexpr,
+    BIAS: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # The weight is the first operand: its codes then stay in registers. Rows beyond N or M repeat the last one.
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    offs_n = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = (tl.program_id(0) // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.minimum(offs_n, N - 1).to(tl.int64)
+    m = tl.minimum(offs_m, M - 1).to(tl.int64)
+    rows, x_rows = word_ptr + n * row_bytes, x_ptr + m * stride_xm
+    zero_x = tl.load(x_zero_ptr + m * token) if INTEGER else tl.zeros((BLOCK_M,), tl.int32)
+    scale_x = tl.load(x_scale_ptr + m * token) if INTEGER else tl.full((BLOCK_M,), 1.0, tl.float32)
+    y = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    groups = K // group if GROUPED else 1
+    for g in range(groups):
+        zero = tl.load(zero_ptr + n * groups + g)
+        total = _sum_codes(
+            x_rows, rows, g * group, group, row_bytes, zero, zero_x, INTEGER, BITS, WIDE_W, WIDE_X, EVEN, BLOCK_K
+        )
+        scale = tl.load(scale_ptr + n * groups + g)
+        y += total.to(tl.float32) * (scale_x[None, :] * scale[:, None])
+    if BIAS:
+        y += tl.load(bias_ptr + n).to(tl.float32)[:, None]
+    mask = (offs_n < N)[:, None] & (offs_m < M)[None, :]
+    tl.store(y_ptr + offs_m[None, :].to(tl.int64) * N + offs_n[:, None], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _sum_codes(
+    x_rows,
+    rows,
+    first,
+    count,
+    row_bytes,
+    zero,
+    zero_x,
+    INTEGER: tl.constexpr,
+    BITS: tl.constexpr,
+    WIDE_W: tl.constexpr,
+    WIDE_X: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Sum ``(code_w - zero) * x``, or times ``code_x - zero_x``, over k in first .. first + count - 1: (N, M)."""
+    total = tl.zeros((zero.shape[0], zero_x.shape[0]), tl.int32 if INTEGER else tl.float32)
+    sum_w = tl.zeros(zero.shape, tl.int32)
+    sum_x = tl.zeros(zero_x.shape, tl.int32)
+    for k in range(0, count, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        w = load_codes(rows, first + k, row_bytes, BITS, BLOCK_K, EVEN)
+        pointers, mask = x_rows[None, :] + (first + offs_k)[:, None], (offs_k < count)[:, None]
+        x = tl.load(pointers) if EVEN else tl.load(pointers, mask=mask, other=0)
+        if INTEGER:
+            if not EVEN:  # what lies beyond gets the code of 0.0
+                x = tl.where(mask, x, zero_x[None, :].to(tl.uint8))
+            w = weight_operand(w, zero, WIDE_W)
+            x = activation_operand(x, WIDE_X)
+            sum_w += tl.sum(w.to(tl.int32), axis=1)
+            if WIDE_W:
+                sum_x += tl.sum(x.to(tl.int32), axis=0)
+            total = tl.dot(w, x, total, out_dtype=tl.int32)
+        else:
+            w = (w.to(tl.float32) - zero[:, None].to(tl.float32)).to(x.dtype)
+            total = tl.dot(w, x, total, input_precision="ieee")
+    if INTEGER:
+        total = exact_sum(total, sum_w, sum_x, zero, zero_x, tl.cdiv(count, BLOCK_K) * BLOCK_K, WIDE_W, WIDE_X)
+    return total
+
+
+@jit
+def _packed_linear_backward_kernel(
+    grad_ptr,
+    word_ptr,
+    scale_ptr,
+    zero_ptr,
+    dx_ptr,
+    M,
+    N,
+    K,
+    row_bytes,
+    group,
+    stride_gm,
+    BITS: tl.constexpr,
+    GROUPED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    start = (tl.program_id(0) % tiles_k) * BLOCK_K
+    offs_k = start + tl.arange(0, BLOCK_K)
+    offs_m = (tl.program_id(0) // tiles_k) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = tl.minimum(offs_m, M - 1).to(tl.int64)
+    dx = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for block in range(0, N, BLOCK_N):
+        offs_n = block + tl.arange(0, BLOCK_N)
+        n = tl.minimum(offs_n, N - 1).to(tl.int64)
+        grad = tl.load(grad_ptr + m[:, None] * stride_gm + n[None, :], mask=(offs_n < N)[None, :], other=0.0)
+        codes = load_codes(word_ptr + n * row_bytes, start, row_bytes, BITS, BLOCK_K, False)
+        if GROUPED:
+            at = n[:, None] * (K // group) + tl.minimum(offs_k, K - 1)[None, :] // group
+        else:
+            at = n[:, None]
+        w = (codes.to(tl.float32) - tl.load(zero_ptr + at).to(tl.float32)) * tl.load(scale_ptr + at)
+        dx = tl.dot(grad, w.to(grad.dtype), dx, input_precision="ieee")
+    mask = (offs_m < M)[:, None] & (offs_k < K)[None, :]
+    tl.store(dx_ptr + offs_m[:, None].to(tl.int64) * K + offs_k[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+def launch(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits, dtype):
+    """Run the Triton kernel."""
+    k, n, m = x.shape[-1], words.shape[0], math.prod(x.shape[:-1])
+    rows = _rows(x, m, k)
+    y = x.new_empty((*x.shape[:-1], n), dtype=dtype)
+    if y.numel() == 0:
+        return y
+    integer = x_scale is not None
+    span = group or k
+    block_n, block_m, block_k, warps, stages = _tiles(m, span, rows.dtype, group)
+    with torch.cuda.device_of(x):
+        _packed_linear_kernel[(triton.cdiv(n, block_n) * triton.cdiv(m, block_m),)](
+            rows,
+            words.contiguous(),
+            scale.contiguous(),
+            zero.contiguous(),
+            bias,
+            x_scale.contiguous() if integer else None,
+            x_zero.contiguous() if integer else None,
+            y,
+            m,
+            n,
+            k,
+            words.shape[-1],
+            span,
+            rows.stride(0),
+            1 if integer and x_scale.ndim else 0,
+            INTEGER=integer,
+            BITS=8 if words.shape[-1] == k else bits,
+            WIDE_W=bits == 8,
+            WIDE_X=x_bits == 8,
+            GROUPED=group > 0,
+            BIAS=bias is not None,
+            EVEN=span % block_k == 0,
+            BLOCK_N=block_n,
+            BLOCK_M=block_m,
+            BLOCK_K=block_k,
+            num_warps=warps,
+            num_stages=stages,
+            enable_fp_fusion=False,
+        )
+    return y
+
+
+def refuses(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits, dtype):
+    """Say why the Triton kernel cannot run, or None."""
+    if x_scale is not None:
+        return refuses_sum(group or x.shape[-1], bits, x_bits) or refuses_words(words, bits, group, x.shape[-1])
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"x is {x.dtype}; the kernel takes float16, bfloat16 and float32"
+    return refuses_words(words, bits, group, x.shape[-1])
+
+
+def launch_backward(grad, words, scale, zero, bits, group, k):
+    """Run the Triton kernel: no float weight is held in memory."""
+    n, m = words.shape[0], math.prod(grad.shape[:-1])
+    rows = _rows(grad, m, n)
+    dx = grad.new_empty((*grad.shape[:-1], k))
+    if dx.numel() == 0:
+        return dx
+    block_m, block_n, block_k = (32, 16, 64) if grad.dtype == torch.float32 else (64, 64, 64)
+    with torch.cuda.device_of(grad):
+        _packed_linear_backward_kernel[(triton.cdiv(k, block_k) * triton.cdiv(m, block_m),)](
+            rows,
+            words.contiguous(),
+            scale.contiguous(),
+            zero.contiguous(),
+            dx,
+            m,
+            n,
+            k,
+            words.shape[-1],
+            group,
+            rows.stride(0),
+            BITS=8 if words.shape[-1] == k else bits,
+            GROUPED=group > 0,
+            BLOCK_N=block_n,
+            BLOCK_M=block_m,
+            BLOCK_K=block_k,
+            num_warps=4,
+            num_stages=2,
+            enable_fp_fusion=False,
+        )
+    return dx
+
+
+def refuses_backward(grad, words, scale, zero, bits, group, k):
+    """Say why the Triton kernel cannot run, or None."""
+    if grad.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"grad is {grad.dtype}; the kernel takes float16, bfloat16 and float32"
+    return refuses_words(words, bits, 0, k)
+
+
+def _rows(x, m, k):
+    rows = x.reshape(m, k)
+    return rows if k == 1 or rows.stride(1) == 1 else rows.contiguous()
+
+
+def _tiles(m, span, dtype, group):
+    """Choose (BLOCK_N, BLOCK_M, BLOCK_K, warps, stages): large tiles once there are rows enough to fill a GPU."""
+    block_m = min(64, max(16, triton.next_power_of_2(m)))
+    if dtype == torch.float32 or (group and span % 32):
+        return 64, min(32 if dtype == torch.float32 else 16, block_m), 32, 4, 2
+    if group or span % 64:
+        return 64, block_m, 32, 4, 3
+    return (64, block_m, 64, 4, 3) if m < 1024 else (128, 128, 64, 8, 3)
