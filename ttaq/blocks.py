@@ -203,13 +203,13 @@ def _trace(model: nn.Module, example: object, forward: Forward | None) -> tuple[
 
 def _images(model: nn.Module) -> Iterator[torch.Tensor]:
     preset = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
-    side = getattr(getattr(model, "config", None), "image_size", None)
-    if isinstance(preset, Mapping) and preset.get("input_size"):
-        sizes = [tuple(preset["input_size"][1:])]
-    elif side:
-        sizes = [tuple(side) if isinstance(side, tuple | list) else (side, side)]
-    else:
-        sizes = []
+    known = [
+        getattr(getattr(model, "patch_embed", None), "img_size", None),
+        getattr(getattr(model, "config", None), "image_size", None),
+        getattr(model, "image_size", None),
+        preset["input_size"][1:] if isinstance(preset, Mapping) and "input_size" in preset else None,
+    ]
+    sizes = [(side, side) if isinstance(side, int) else tuple(side) for side in known if side]
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
     generator = torch.Generator().manual_seed(0)
