@@ -1,1 +1,57 @@
+"""ttaq: quantise vision models to 2-8 bits after training, and keep them accurate while the world they look at changes.
 
+The verbs, in the order of use:
+
+    model = ttaq.prepare(model, "w4a4")        # quantised layers, float behaviour
+    ttaq.calibrate(model, batches)             # scales set
+    ttaq.reconstruct(model, batches)           # roundings and scales learned
+    packed = ttaq.pack(model)                  # integer codes, low-bit kernels
+    ttaq.save(packed, "model.safetensors")
+    packed = ttaq.load("model.safetensors", architecture)
+    adapter = ttaq.adapt(packed, "tent")       # logits = adapter(x), for ever, on a changing stream
+
+`ttaq.quantize(model, batches, "w4a4")` is the first three in one. The layers serve alone, too:
+`ttaq.QuantLinear`, `ttaq.QuantConv2d`, `ttaq.PackedLinear`, `ttaq.PackedConv2d`.
+"""
+
+from .adaptation import Adapter, adapt
+from .blocks import find_blocks
+from .calibration import calibrate
+from .checkpoint import load, save
+from .dispatch import backend, explain
+from .evaluation import evaluate
+from .layers import MatMul, PackedConv2d, PackedLinear, QuantConv2d, QuantLinear, QuantMatMul
+from .packing import pack
+from .pipeline import quantize
+from .preparation import prepare
+from .reconstruction import reconstruct
+from .spec import QuantSpec, Recipe
+from .streams import continual, corrupt
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "MatMul",
+    "PackedConv2d",
+    "PackedLinear",
+    "QuantConv2d",
+    "QuantLinear",
+    "QuantMatMul",
+    "QuantSpec",
+    "Recipe",
+    "adapt",
+    "backend",
+    "calibrate",
+    "continual",
+    "corrupt",
+    "evaluate",
+    "explain",
+    "find_blocks",
+    "load",
+    "pack",
+    "prepare",
+    "quantize",
+    "reconstruct",
+    "save",
+]

@@ -1,0 +1,73 @@
+"""Build models by reference: "timm:NAME", "torchvision:NAME" or "package.module:function"."""
+
+import importlib
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+
+def build_model(reference: str, weights: str | Path | None = None, **options) -> nn.Module:
+    """Build the float model that `reference` names, with weights from a local file.
+
+    Args:
+        reference: "timm:vit_base_patch16_224", "torchvision:resnet50" or "package.module:function".
+        weights: A .safetensors or .pth file of a state_dict; None leaves the weights random. Nothing is downloaded.
+        options: Arguments of the function that builds the model, such as num_classes.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        ValueError: The reference or the file cannot be read, or the weights do not fit.
+    """
+    source, _, name = reference.partition(":")
+    if not name:
+        raise ValueError(
+            f'model: wanted "timm:NAME", "torchvision:NAME" or "package.module:function", got {reference!r}'
+        )
+    model = _function(source, name)(**options)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: {reference} gives a {type(model).__name__}; name a function that returns a nn.Module")
+    if weights is not None:
+        _load_weights(model, Path(weights))
+    return model.eval()
+
+
+def _function(source, name):
+    try:
+        if source == "timm":
+            timm = importlib.import_module("timm")
+            if name not in timm.list_models():
+                raise ValueError(f"model: timm has no {name!r}; timm.list_models() lists what there is")
+            return lambda **options: timm.create_model(name, pretrained=False, **options)
+        if source == "torchvision":
+            models = importlib.import_module("torchvision.models")
+            if name not in models.list_models():
+                raise ValueError(f"model: torchvision has no {name!r}; torchvision.models.list_models() lists them")
+            return lambda **options: models.get_model(name, weights=None, **options)
+        return getattr(importlib.import_module(source), name)
+    except ImportError as error:
+        raise ValueError(f"model: cannot import {source!r} ({error}); install it or correct the reference") from error
+    except AttributeError as error:
+        raise ValueError(f"model: {source} has no function {name!r}; correct the reference") from error
+
+
+def _load_weights(model, path):
+    if not path.is_file():
+        raise ValueError(f"weights: there is no file {path}; give a local .safetensors or .pth file")
+    if path.suffix == ".safetensors":
+        state = load_file(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state.get("model", state))
+    # num_batches_tracked counts training steps, and files written elsewhere may lack it
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
+    if missing or unexpected:
+        odd = (missing + unexpected)[0]
+        raise ValueError(
+            f"weights: {path} does not fit the model: {len(missing)} tensors missing, {len(unexpected)} too many, "
+            f"{odd} among them; check the reference and its options"
+        )
