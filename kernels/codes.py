@@ -7,7 +7,20 @@ Code k of a row occupies bits ``k * bits .. k * bits + bits - 1`` of the row's s
 import torch
 
 from . import _native
-from ._tiles import canonical, dense, expand, gather_codes, round_half_even
+from ._tiles import (
+    canonical,
+    clamp,
+    expand,
+    gather_codes,
+    in_order_of,
+    load_scales,
+    load_tile,
+    matrix,
+    round_half_even,
+    store_tile,
+    tile_shape,
+    walkable,
+)
 from ._triton import jit, tl, triton
 from ._triton import refuses as refuses_triton
 
@@ -98,26 +111,25 @@ def _quantize_codes_kernel(
     zero_ptr,
     code_ptr,
     partial_ptr,
-    n,
-    channels,
-    inner,
+    R,
+    W,
+    C,
     qmin,
     qmax,
-    ONE_SCALE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BY_ROW: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < n
-    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    channel = 0 if ONE_SCALE else (offs // inner) % channels
-    scale = tl.load(scale_ptr + channel)
-    zero = round_half_even(tl.load(zero_ptr + channel).to(tl.float32))
+    tiles = tl.cdiv(W, BLOCK_W)
+    row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_R
+    column = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_W
+    scale, zero = load_scales(scale_ptr, zero_ptr, row, column, C, W, BY_ROW, BLOCK_R, BLOCK_W)
+    x = load_tile(x_ptr, row, column, R, W, BLOCK_R, BLOCK_W)
     code = round_half_even(tl.div_rn(x, scale)) + zero
-    code = tl.where(code != code, zero, code)
-    code = tl.minimum(tl.maximum(code, qmin), qmax)
-    tl.store(code_ptr + offs, code.to(tl.uint8), mask=mask)
-    nonfinite = (x - x) != 0.0  # NaN and infinity alike
-    tl.store(partial_ptr + tl.program_id(0), tl.sum(nonfinite.to(tl.int32), axis=0))
+    code = clamp(tl.where(code == code, code, zero), qmin, qmax)
+    store_tile(code_ptr, code.to(tl.uint8), row, column, R, W, BLOCK_R, BLOCK_W)
+    nonfinite = tl.where(x - x == 0.0, 0, 1)  # NaN and infinity alike
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.sum(nonfinite, axis=1), axis=0))
 
 
 @jit
@@ -144,29 +156,33 @@ def _unpack_codes_kernel(word_ptr, code_ptr, n, k, row_bytes, BITS: tl.constexpr
 
 
 BLOCK = 1024
+TILE = 2048  # elements that a program quantises, 16 a thread
 
 
 def launch(x, scale, zero, qmin, qmax, axis, group):
     """Run the Triton kernel: codes in one pass, the count from one int32 a program."""
     codes, source, target = _allocate(x, group)
-    _, channels, inner = canonical(source, axis, group)
-    grid = (triton.cdiv(x.numel(), BLOCK),)
-    partial = torch.empty(grid, dtype=torch.int32, device=x.device)
-    if x.numel():
+    outer, channels, inner = canonical(target, axis, group)
+    rows, columns, by_row = matrix(outer, channels, inner)
+    block_r, block_w = tile_shape(rows, columns, TILE)
+    programs = triton.cdiv(rows, block_r) * triton.cdiv(columns, block_w)
+    partial = torch.empty(programs, dtype=torch.int32, device=x.device)
+    if programs:
         with torch.cuda.device_of(x):
-            _quantize_codes_kernel[grid](
+            _quantize_codes_kernel[(programs,)](
                 source,
                 scale.contiguous(),
                 zero.contiguous(),
                 target,
                 partial,
-                x.numel(),
+                rows,
+                columns,
                 channels,
-                inner,
                 float(qmin),
                 float(qmax),
-                ONE_SCALE=channels == 1,
-                BLOCK=BLOCK,
+                BY_ROW=by_row,
+                BLOCK_R=block_r,
+                BLOCK_W=block_w,
                 enable_fp_fusion=False,
             )
     return codes if target is codes else codes.copy_(target), partial.sum(dtype=torch.int32)
@@ -181,17 +197,15 @@ def launch_cpu(x, scale, zero, qmin, qmax, axis, group):
     """Run the native CPU kernel."""
     codes, source, target = _allocate(x, group)
     nonfinite = torch.empty((), dtype=torch.int32)
-    form = canonical(source, axis, group)
+    form = canonical(target, axis, group)
     _native.quantize_codes(source, target, scale.contiguous(), zero.contiguous(), nonfinite, qmin, qmax, *form)
     return codes if target is codes else codes.copy_(target), nonfinite
 
 
 def refuses_cpu(x, scale, zero, *args):
     """Say why the native CPU kernel cannot quantise, or None."""
-    if x.dtype not in _native.DTYPES:
-        return f"x is {x.dtype}; the native kernel takes float32, bfloat16 and float16"
-    if zero.dtype not in (torch.float32, torch.int32):
-        return f"zero is {zero.dtype}; the native kernel takes float32 and int32"
+    if x.dtype not in _native.DTYPES or zero.dtype not in (torch.float32, torch.int32):
+        return f"x is {x.dtype} and zero {zero.dtype}; the kernel takes 16- and 32-bit floats, zero float32 or int32"
     return _native.reason("cpu")
 
 
@@ -254,39 +268,30 @@ def pack_refuses_cuda(codes, bits):
 
 def unpack_refuses_cpu(words, bits, k):
     """Say why the native CPU kernel cannot unpack, or None."""
-    return _refuses_native("cpu", words, bits) or _refuses_rows(words, bits, k)
+    return _refuses_native("cpu", words, bits, row_bytes(k, bits))
 
 
 def unpack_refuses_cuda(words, bits, k):
     """Say why the CUDA C kernel cannot unpack, or None."""
-    return _refuses_native("cuda", words, bits) or _refuses_rows(words, bits, k)
-
-
-pack_launch_cpu = pack_launch_cuda = pack_launch_native
-unpack_launch_cpu = unpack_launch_cuda = unpack_launch_native
+    return _refuses_native("cuda", words, bits, row_bytes(k, bits))
 
 
 def _allocate(x, group):
-    """Return the codes as the op allocates them, `x` as a kernel can walk it, and codes in the order of that walk."""
+    """Return the codes as the op allocates them, and `x` and the codes in the memory order that a kernel walks."""
     codes = torch.empty_like(x, dtype=torch.uint8)
-    source = x.contiguous() if group else dense(x)
-    same = codes.stride() == source.stride()
-    return codes, source, codes if same else torch.empty_like(source, dtype=torch.uint8)
+    target = walkable(codes, group)
+    return codes, in_order_of(x, target), target
 
 
 def _allocate_words(codes, bits):
     return codes.contiguous(), codes.new_empty((*codes.shape[:-1], row_bytes(codes.shape[-1], bits)))
 
 
-def _refuses_native(device, codes, bits):
-    if codes.device.type != device:
-        return f"the codes are on {codes.device.type}; this implementation needs them on {device}"
+def _refuses_native(device, tensor, bits, width=None):
+    if tensor.device.type != device:
+        return f"the tensor is on {tensor.device.type}; this implementation needs it on {device}"
     if bits not in _native.BITS:
         return f"bits is {bits}; the native kernels take 2, 3, 4 and 8"
+    if width is not None and tensor.shape[-1] != width:
+        return f"the rows have {tensor.shape[-1]} bytes; the kernel wants {width}"
     return _native.reason(device)
-
-
-def _refuses_rows(words, bits, k):
-    if words.shape[-1] != row_bytes(k, bits):
-        return f"{k} codes of {bits} bits fill {row_bytes(k, bits)} bytes a row, got {words.shape[-1]}"
-    return None
