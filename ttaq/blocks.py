@@ -80,10 +80,9 @@ class _Reached(BaseException):
 def find_blocks(model: nn.Module, example: object = None, forward: Forward | None = None) -> Blocks:
     """Find the blocks that post-training reconstruction rebuilds one by one.
 
-    The model runs once in eval mode under a recorder, and once more to check that every block, run alone on what
-    it was given, returns exactly what it returned in the model; one that does not is joined with its
-    surroundings. A residual or transformer block is one block, a plain sequence is cut before each layer. Every
-    layer that runs is in exactly one block.
+    A residual or transformer block is one block, a plain sequence is cut before each layer; every layer that runs is
+    in exactly one. The model runs once under a recorder and once more to check that every block, alone, returns
+    exactly what it returned in the model; one that does not is joined with its surroundings.
 
     Args:
         model: Float or prepared (layers that subclass nn.Linear or nn.Conv2d); left as it was.
@@ -227,10 +226,8 @@ def _proven(model: nn.Module, batch: object, forward: Forward | None, watch: Tra
                 f"{', '.join(rest)} outside of such; wrap what shares or skips it in a module of its own"
             )
         if not pieces:
-            raise ValueError(
-                f"find_blocks: the model must run a Linear or Conv2d layer, got none in {type(model).__name__}; "
-                "there is nothing to rebuild"
-            )
+            wanted = "find_blocks: the model must run a Linear or Conv2d layer"
+            raise ValueError(f"{wanted}, got none in {type(model).__name__}; there is nothing to rebuild")
         proof = _Proof(model, _blocks(pieces))
         proof.run(lambda: call(model, batch, forward))
         if not proof.failed:
@@ -243,15 +240,14 @@ def _blocks(pieces: list[Piece]) -> list[Block]:
     for piece in pieces:
         source, result = piece.calls[0].source, piece.calls[-1].result
         chained = before is not None and before.same(source)
-        name = _title(piece.names)
-        blocks.append(Block(name, piece.names, piece.layers, chained, False, source.index, result.index))
+        blocks.append(Block(_title(piece), piece.names, piece.layers, chained, False, source.index, result.index))
         before = result
     return blocks
 
 
-def _title(names: tuple[str, ...]) -> str:
-    first, last = names[0], names[-1]
-    if len(names) == 1:
+def _title(piece: Piece) -> str:
+    first, last = piece.names[0], piece.names[-1]
+    if first == last:
         return first or "model"
     parent, _, child = last.rpartition(".")
     return f"{first}..{child}" if first.rpartition(".")[0] == parent else f"{first}..{last}"
