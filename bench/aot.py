@@ -68,6 +68,7 @@ def _tiled(module: str, kernel: str, name: str, pointers: dict, **constants) -> 
 
 _LAYOUTS = {
     "per tensor": {"R": 1, "C": 1, "BY_ROW": True, "BLOCK_R": 1},
+    "per tensor, odd size": {"R": 1, "W": "i32", "C": 1, "BY_ROW": True, "BLOCK_R": 1},
     "per row": {"BY_ROW": True, "BLOCK_R": 2},
     "per column": {"BY_ROW": False, "BLOCK_R": 2},
 }
@@ -89,7 +90,8 @@ def _fake_quant_variants() -> Iterator[Variant]:
 def _soft_round_variants() -> Iterator[Variant]:
     names = ("w_ptr", "v_ptr", "scale_ptr", "zero_ptr", "beta_ptr", "y_ptr", "penalty_ptr")
     backward = ("grad_ptr", "dpenalty_ptr", *names[:5], "dv_ptr")
-    for layout, shape in _LAYOUTS.items():
+    for layout in ("per tensor", "per row", "per column"):
+        shape = _LAYOUTS[layout]
         constants = {"STRETCH": 1.2, "SHIFT": -0.1, "BLOCK_W": 1024 // shape["BLOCK_R"], **shape}
         for kernel, parameters in (("_soft_round_kernel", names), ("_soft_round_backward_kernel", backward)):
             yield _tiled("soft_round", kernel, layout, dict.fromkeys(parameters, "*fp32"), **constants)

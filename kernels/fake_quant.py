@@ -15,6 +15,7 @@ from ._tiles import (
     in_order_of,
     load_scales,
     load_tile,
+    locate,
     matrix,
     reduce,
     round_half_even,
@@ -76,9 +77,7 @@ def _fake_quant_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    tiles = tl.cdiv(W, BLOCK_W)
-    row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_R
-    column = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_W
+    row, column = locate(R, W, BLOCK_R, BLOCK_W)
     scale, zero = load_scales(scale_ptr, zero_ptr, row, column, C, W, BY_ROW, BLOCK_R, BLOCK_W)
     x = load_tile(x_ptr, row, column, R, W, BLOCK_R, BLOCK_W)
     code = clamp(round_half_even(tl.div_rn(x, scale)) + zero, qmin, qmax)
@@ -105,10 +104,9 @@ def _fake_quant_backward_kernel(
     BLOCK_W: tl.constexpr,
 ):
     # A program walks STEPS tiles that share their scales: along its rows, or down its columns.
-    strips = tl.cdiv(W, BLOCK_W * STEPS if BY_ROW else BLOCK_W)
-    strip = tl.program_id(0) % strips
-    row = (tl.program_id(0) // strips).to(tl.int64) * (BLOCK_R if BY_ROW else BLOCK_R * STEPS)
-    column = strip.to(tl.int64) * (BLOCK_W * STEPS if BY_ROW else BLOCK_W)
+    TALL: tl.constexpr = BLOCK_R if BY_ROW else BLOCK_R * STEPS
+    WIDE: tl.constexpr = BLOCK_W * STEPS if BY_ROW else BLOCK_W
+    row, column = locate(R, W, TALL, WIDE)
     scale, zero = load_scales(scale_ptr, zero_ptr, row, column, C, W, BY_ROW, BLOCK_R, BLOCK_W)
     dscale = tl.zeros((BLOCK_R, BLOCK_W), tl.float32)
     dzero = tl.zeros((BLOCK_R, BLOCK_W), tl.float32)
@@ -122,14 +120,15 @@ def _fake_quant_backward_kernel(
         store_tile(dx_ptr, tl.where(inside, grad, 0.0), r, c, R, W, BLOCK_R, BLOCK_W)
         dscale += grad * (clamp(code, qmin, qmax) - zero - tl.where(inside, ratio, 0.0))
         dzero += tl.where(inside, 0.0, -grad * scale)
+    rows, columns = row + tl.arange(0, BLOCK_R), column + tl.arange(0, BLOCK_W)
     if BY_ROW:
-        at, within = (row + tl.arange(0, BLOCK_R)) * strips + strip, row + tl.arange(0, BLOCK_R) < R
-        tl.store(dscale_ptr + at, tl.sum(dscale, axis=1), mask=within)
-        tl.store(dzero_ptr + at, tl.sum(dzero, axis=1), mask=within)
+        at = rows * tl.cdiv(W, WIDE) + column // WIDE
+        tl.store(dscale_ptr + at, tl.sum(dscale, axis=1), mask=rows < R)
+        tl.store(dzero_ptr + at, tl.sum(dzero, axis=1), mask=rows < R)
     else:
-        at, within = tl.program_id(0) // strips * W + column + tl.arange(0, BLOCK_W), column + tl.arange(0, BLOCK_W) < W
-        tl.store(dscale_ptr + at, tl.sum(dscale, axis=0), mask=within)
-        tl.store(dzero_ptr + at, tl.sum(dzero, axis=0), mask=within)
+        at = row // TALL * W + columns
+        tl.store(dscale_ptr + at, tl.sum(dscale, axis=0), mask=columns < W)
+        tl.store(dzero_ptr + at, tl.sum(dzero, axis=0), mask=columns < W)
 
 
 def launch(x, scale, zero, qmin, qmax, axis, group):

@@ -13,6 +13,7 @@ from ._tiles import (
     in_order_of,
     load_scales,
     load_tile,
+    locate,
     matrix,
     store_tile,
     tile_mask,
@@ -75,9 +76,7 @@ def _soft_round_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    tiles = tl.cdiv(W, BLOCK_W)
-    row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_R
-    column = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_W
+    row, column = locate(R, W, BLOCK_R, BLOCK_W)
     scale, zero = load_scales(scale_ptr, zero_ptr, row, column, C, W, BY_ROW, BLOCK_R, BLOCK_W)
     w = load_tile(w_ptr, row, column, R, W, BLOCK_R, BLOCK_W)
     v = load_tile(v_ptr, row, column, R, W, BLOCK_R, BLOCK_W)
@@ -110,9 +109,7 @@ def _soft_round_backward_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    tiles = tl.cdiv(W, BLOCK_W)
-    row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_R
-    column = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_W
+    row, column = locate(R, W, BLOCK_R, BLOCK_W)
     scale, zero = load_scales(scale_ptr, zero_ptr, row, column, C, W, BY_ROW, BLOCK_R, BLOCK_W)
     w = load_tile(w_ptr, row, column, R, W, BLOCK_R, BLOCK_W)
     v = load_tile(v_ptr, row, column, R, W, BLOCK_R, BLOCK_W)

@@ -39,7 +39,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 def pytest_configure(config):
     """Silence numpy where the interpreter overflows and divides by zero as a GPU does: without a word."""
     kinds = "(overflow|invalid value|divide by zero) encountered"
-    config.addinivalue_line("filterwarnings", f"ignore:{kinds}:RuntimeWarning:triton.runtime.interpreter")
+    config.addinivalue_line("filterwarnings", f"ignore:{kinds}:RuntimeWarning")
 
 
 def pytest_collection_modifyitems(items):
