@@ -86,7 +86,8 @@ def _why_not_built(kind: str) -> str:
     record = Path(__file__).with_name("native_build.json")
     if not record.exists():
         return f"the native {kind} library was never built; install ttaq with `pip install .`"
-    return json.loads(record.read_text(encoding="utf-8"))[kind] or f"the native {kind} library is missing; install again"
+    recorded = json.loads(record.read_text(encoding="utf-8"))[kind]
+    return recorded or f"the native {kind} library was built and is gone; install ttaq again"
 
 
 def _threads() -> int:
@@ -95,7 +96,11 @@ def _threads() -> int:
 
 
 def _level(level: str | None) -> int:
-    return LEVELS.index(level or cpu_level())
+    if level is None:
+        level = cpu_level()
+    elif level not in LEVELS:
+        raise ValueError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")
+    return LEVELS.index(level)
 
 
 def _check(code: int) -> None:

@@ -32,26 +32,26 @@ template <class Body>
 void for_each_run(const Cut& cut, const Parameters& parameters, int threads, const Body& body) {
   parallel_for(cut.tasks(), threads, [&](int64_t first, int64_t last) {
     cut.walk(first, last, [&](const Run& run) {
-      body(run, &parameters.scale[size_t(run.parameter)], &parameters.zero[size_t(run.parameter)]);
+      body(run, parameters.scale + run.parameter, parameters.zero + run.parameter);
     });
   });
 }
 
 void forward(const Call& call, const Cut& cut, const Parameters& parameters, const void* x, void* y, int threads) {
   advise_huge_pages(y, call.elements * call.width());
-  const auto loop = call.kernels->forward[cut.lines()][call.dtype];
+  const auto loop = call.kernels->forward[cut.columns()][call.dtype];
   for_each_run(cut, parameters, threads, [&](const Run& run, const float* scale, const float* zero) {
-    loop(call.at(x, run.start), call.at(y, run.start), run.size, scale, zero, call.range);
+    loop(call.at(x, run.start), call.at(y, run.start), run.block, scale, zero, call.range);
   });
 }
 
 void backward(const Call& call, const Cut& cut, const Parameters& parameters, const void* grad, const void* x,
               void* dx, float* dscale, float* dzero, int threads) {
   advise_huge_pages(dx, call.elements * call.width());
-  std::vector<float> scales(size_t(cut.parts()), 0.0f), zeros(size_t(cut.parts()), 0.0f);
-  const auto loop = call.kernels->backward[cut.lines()][call.dtype];
+  std::vector<double> scales(size_t(cut.parts()), 0.0), zeros(size_t(cut.parts()), 0.0);
+  const auto loop = call.kernels->backward[cut.columns()][call.dtype];
   for_each_run(cut, parameters, threads, [&](const Run& run, const float* scale, const float* zero) {
-    loop(call.at(grad, run.start), call.at(x, run.start), call.at(dx, run.start), run.size, scale, zero, call.range,
+    loop(call.at(grad, run.start), call.at(x, run.start), call.at(dx, run.start), run.block, scale, zero, call.range,
          &scales[size_t(run.part)], &zeros[size_t(run.part)]);
   });
   cut.fold(scales, dscale);
@@ -62,9 +62,9 @@ int64_t codes(const Call& call, const Cut& cut, const Parameters& parameters, co
               int threads) {
   advise_huge_pages(codes, call.elements);
   std::atomic<int64_t> nonfinite{0};
-  const auto loop = call.kernels->codes[cut.lines()][call.dtype];
+  const auto loop = call.kernels->codes[cut.columns()][call.dtype];
   for_each_run(cut, parameters, threads, [&](const Run& run, const float* scale, const float* zero) {
-    nonfinite += loop(call.at(x, run.start), codes + run.start, run.size, scale, zero, call.range);
+    nonfinite += loop(call.at(x, run.start), codes + run.start, run.block, scale, zero, call.range);
   });
   return nonfinite;
 }

@@ -9,12 +9,23 @@
 namespace ttaq {
 namespace {
 
-// Scale or zero of a row: the same value under every index. (That of a line is a plain pointer.)
+// Scale or zero of a row: the same value under every index. (That of columns is a plain pointer.)
 struct Same {
   float value;
   explicit Same(const float* values) : value(*values) {}
   float operator[](int64_t) const { return value; }
 };
+
+// To the nearest integer, halves to even.
+inline float nearest(float value) {
+#if defined(__x86_64__) && !defined(__SSE4_1__)
+  // No instruction: adding 2^23 leaves no bit below one.
+  const float magnitude = fabsf(value);
+  return magnitude < 0x1p23f ? copysignf((magnitude + 0x1p23f) - 0x1p23f, value) : value;
+#else
+  return rintf(value);
+#endif
+}
 
 // Comparisons that are false for a NaN hand it on.
 inline float clamp(float value, Range range) {
@@ -23,14 +34,16 @@ inline float clamp(float value, Range range) {
 }
 
 template <class T, class Parameter>
-void forward(const void* x_, void* y_, int64_t n, const float* scale_, const float* zero_, Range range) {
-  const T* x = (const T*)x_;
-  T* y = (T*)y_;
+void forward(const void* x_, void* y_, Block block, const float* scale_, const float* zero_, Range range) {
   const Parameter scale(scale_), zero(zero_);
+  for (int64_t line = 0; line < block.lines; ++line) {
+    const T* x = (const T*)x_ + line * block.stride;
+    T* y = (T*)y_ + line * block.stride;
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const float code = clamp(rintf(widen(x[i]) / scale[i]) + zero[i], range);
-    narrow((code - zero[i]) * scale[i], y[i]);
+    for (int64_t i = 0; i < block.size; ++i) {
+      const float code = clamp(nearest(widen(x[i]) / scale[i]) + zero[i], range);
+      narrow((code - zero[i]) * scale[i], y[i]);
+    }
   }
 }
 
@@ -42,80 +55,88 @@ struct Terms {
 
 inline Terms terms(float grad, float x, float scale, float zero, Range range) {
   const float quotient = x / scale;
-  const float rounded = rintf(quotient);
+  const float rounded = nearest(quotient);
   const float code = rounded + zero;
   const bool inside = (code >= range.low) & (code <= range.high);
-  return {grad * (inside ? rounded - quotient : clamp(code, range) - zero), grad * (inside ? 0.0f : -scale), inside};
+  return {grad * (inside ? rounded - quotient : clamp(code, range) - zero), inside ? 0.0f : -grad * scale, inside};
 }
+
+inline float pass(float grad, bool inside) { return inside ? grad : 0.0f; }
 
 template <class T>
 inline T pass(T grad, bool inside) {
-  T zero = {};
-  return inside ? grad : zero;
-}
-
-template <>
-inline bfloat16 pass(bfloat16 grad, bool inside) {
   return {uint16_t(inside ? grad.bits : 0)};
 }
 
-template <>
-inline float16 pass(float16 grad, bool inside) {
-  return {uint16_t(inside ? grad.bits : 0)};
-}
-
-// float32 lanes over short blocks, their sums in float64: as accurate as a sum by pairs, at no cost.
-constexpr int64_t BLOCK = 1024;
+// As many terms are added in float32 before their sum goes on in float64: as accurate as a sum by pairs, at no cost.
+constexpr int64_t TERMS = 16;
+#if defined(__AVX512F__)
+constexpr int64_t LANES = 16;
+#elif defined(__AVX2__)
+constexpr int64_t LANES = 8;
+#else
+constexpr int64_t LANES = 4;
+#endif
 
 template <class T>
-void backward_row(const void* grad_, const void* x_, void* dx_, int64_t n, const float* scale_, const float* zero_,
-                  Range range, float* dscale, float* dzero) {
+void backward_row(const void* grad_, const void* x_, void* dx_, Block block, const float* scale_, const float* zero_,
+                  Range range, double* dscale, double* dzero) {
   const float scale = *scale_, zero = *zero_;
-  double sum_scale = 0, sum_zero = 0;
-  for (int64_t start = 0; start < n; start += BLOCK) {
+  for (int64_t start = 0; start < block.size; start += TERMS * LANES) {
     const T *grad = (const T*)grad_ + start, *x = (const T*)x_ + start;
     T* dx = (T*)dx_ + start;
-    const int64_t size = n - start < BLOCK ? n - start : BLOCK;
-    float block_scale = 0, block_zero = 0;
-#pragma omp simd reduction(+ : block_scale, block_zero)
+    const int64_t size = block.size - start < TERMS * LANES ? block.size - start : TERMS * LANES;
+    float sum_scale = 0, sum_zero = 0;
+#pragma omp simd reduction(+ : sum_scale, sum_zero)
     for (int64_t i = 0; i < size; ++i) {
       const Terms term = terms(widen(grad[i]), widen(x[i]), scale, zero, range);
       dx[i] = pass(grad[i], term.inside);
-      block_scale += term.dscale;
-      block_zero += term.dzero;
+      sum_scale += term.dscale;
+      sum_zero += term.dzero;
     }
-    sum_scale += block_scale;
-    sum_zero += block_zero;
+    *dscale += sum_scale;
+    *dzero += sum_zero;
   }
-  *dscale += float(sum_scale);
-  *dzero += float(sum_zero);
 }
 
 template <class T>
-void backward_line(const void* grad_, const void* x_, void* dx_, int64_t n, const float* scale, const float* zero,
-                   Range range, float* dscale, float* dzero) {
-  const T *grad = (const T*)grad_, *x = (const T*)x_;
-  T* dx = (T*)dx_;
+void backward_columns(const void* grad_, const void* x_, void* dx_, Block block, const float* scale,
+                      const float* zero, Range range, double* dscale, double* dzero) {
+  float sum_scale[WIDTH], sum_zero[WIDTH];
+  for (int64_t first = 0; first < block.lines; first += TERMS) {
+    for (int64_t i = 0; i < block.size; ++i) sum_scale[i] = sum_zero[i] = 0;
+    for (int64_t line = first; line < first + TERMS && line < block.lines; ++line) {
+      const T *grad = (const T*)grad_ + line * block.stride, *x = (const T*)x_ + line * block.stride;
+      T* dx = (T*)dx_ + line * block.stride;
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const Terms term = terms(widen(grad[i]), widen(x[i]), scale[i], zero[i], range);
-    dx[i] = pass(grad[i], term.inside);
-    dscale[i] += term.dscale;
-    dzero[i] += term.dzero;
+      for (int64_t i = 0; i < block.size; ++i) {
+        const Terms term = terms(widen(grad[i]), widen(x[i]), scale[i], zero[i], range);
+        dx[i] = pass(grad[i], term.inside);
+        sum_scale[i] += term.dscale;
+        sum_zero[i] += term.dzero;
+      }
+    }
+    for (int64_t i = 0; i < block.size; ++i) {
+      dscale[i] += sum_scale[i];
+      dzero[i] += sum_zero[i];
+    }
   }
 }
 
 template <class T, class Parameter>
-int64_t codes(const void* x_, uint8_t* code, int64_t n, const float* scale_, const float* zero_, Range range) {
-  const T* x = (const T*)x_;
+int64_t codes(const void* x_, uint8_t* codes_, Block block, const float* scale_, const float* zero_, Range range) {
   const Parameter scale(scale_), zero(zero_);
   int64_t nonfinite = 0;
+  for (int64_t line = 0; line < block.lines; ++line) {
+    const T* x = (const T*)x_ + line * block.stride;
+    uint8_t* code = codes_ + line * block.stride;
 #pragma omp simd reduction(+ : nonfinite)
-  for (int64_t i = 0; i < n; ++i) {
-    const float value = widen(x[i]);
-    nonfinite += fabsf(value) <= 3.402823466e38f ? 0 : 1;
-    const float sum = rintf(value / scale[i]) + zero[i];
-    code[i] = uint8_t(int32_t(clamp(sum == sum ? sum : zero[i], range)));
+    for (int64_t i = 0; i < block.size; ++i) {
+      const float value = widen(x[i]);
+      nonfinite += fabsf(value) <= 3.402823466e38f ? 0 : 1;
+      const float sum = nearest(value / scale[i]) + zero[i];
+      code[i] = uint8_t(int32_t(clamp(sum == sum ? sum : zero[i], range)));
+    }
   }
   return nonfinite;
 }
@@ -167,7 +188,7 @@ void copy(const uint8_t* from, uint8_t* to, int64_t n) { memcpy(to, from, size_t
 
 const Kernels TTAQ_LEVEL = {
     FOR_EACH_SPAN(forward),
-    {FOR_EACH_DTYPE(backward_row), FOR_EACH_DTYPE(backward_line)},
+    {FOR_EACH_DTYPE(backward_row), FOR_EACH_DTYPE(backward_columns)},
     FOR_EACH_SPAN(codes),
     {nullptr, nullptr, pack<2>, pack<3>, pack<4>, nullptr, nullptr, nullptr, copy},
     {nullptr, nullptr, unpack<2>, unpack<3>, unpack<4>, nullptr, nullptr, nullptr, copy},

@@ -9,17 +9,24 @@ struct Range {
   float low, high;
 };
 
-// Each loop runs over n elements. Indexed by Span and enum ttaq_dtype, or by the number of bits.
+// Elements that lie in `lines` lines of `size` elements, `stride` apart.
+struct Block {
+  int64_t size, lines, stride;
+};
+
+constexpr int64_t WIDTH = 1024;  // no block of several lines is wider
+
+// Indexed by Span and enum ttaq_dtype, or by the number of bits.
 enum Span {
-  ROW = 0,   // scale and zero point to one value for all elements, dscale and dzero to one sum
-  LINE = 1,  // to one value, one sum for each element
+  ROW = 0,      // scale and zero point to one value for the whole block, dscale and dzero to one sum
+  COLUMNS = 1,  // to one value, one sum for each element of a line
 };
 
 struct Kernels {
-  void (*forward[2][3])(const void* x, void* y, int64_t n, const float* scale, const float* zero, Range range);
-  void (*backward[2][3])(const void* grad, const void* x, void* dx, int64_t n, const float* scale, const float* zero,
-                         Range range, float* dscale, float* dzero);  // adds to dscale and dzero
-  int64_t (*codes[2][3])(const void* x, uint8_t* codes, int64_t n, const float* scale, const float* zero,
+  void (*forward[2][3])(const void* x, void* y, Block block, const float* scale, const float* zero, Range range);
+  void (*backward[2][3])(const void* grad, const void* x, void* dx, Block block, const float* scale,
+                         const float* zero, Range range, double* dscale, double* dzero);  // adds to the two
+  int64_t (*codes[2][3])(const void* x, uint8_t* codes, Block block, const float* scale, const float* zero,
                          Range range);  // returns how many elements are not finite
   void (*pack[9])(const uint8_t* codes, uint8_t* words, int64_t n);
   void (*unpack[9])(const uint8_t* words, uint8_t* codes, int64_t n);

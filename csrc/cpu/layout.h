@@ -1,6 +1,6 @@
 // Cuts the canonical form (outer, channels, inner) into tasks of some 16 K elements that no thread count changes.
 //
-// Two ways. Rows: `inner` elements share one scale; a long row is cut into pieces, short rows share a task. Lines:
+// Two ways. Rows: `inner` elements share one scale; a long row is cut into pieces, short rows share a task. Columns:
 // where `inner` is too short for a vector loop, scale and zero are laid out element by element over a period, and the
 // elements taken as lines of that period, in tiles.
 #pragma once
@@ -9,82 +9,94 @@
 #include <stdint.h>
 
 #include <algorithm>
+#include <utility>
 #include <vector>
+
+#include "kernels.h"
 
 namespace ttaq {
 
-constexpr int64_t TASK = 16384;  // elements of a piece of a row
-constexpr int64_t WIDTH = 1024;  // columns of a tile
-constexpr int64_t HEIGHT = 64;   // lines of a tile: as many terms a column adds up in float32
-constexpr int64_t SHORT = 16;    // an `inner` below this is short
-constexpr int64_t PERIOD = 256;  // no period is below this
+constexpr int64_t TASK = 16384;   // elements of a piece of a row
+constexpr int64_t HEIGHT = 64;    // lines of a tile; WIDTH columns
+constexpr int64_t SHORT = 64;     // an `inner` below this is short
+constexpr int64_t SHORTEST = 256;  // no period is below this
+constexpr int64_t LONGEST = int64_t(1) << 17;  // and none of several elements a channel above this
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A run of elements within a task: scale[parameter] (of a row) or scale[parameter ..] (of a line) belong to it, and
-// its sums go to part[part] or part[part ..].
+// A block of elements within a task. scale[parameter] (or scale[parameter ..], one for each element of a line) belong
+// to it, and its sums go to part[part] (or part[part ..]).
 struct Run {
-  int64_t start, size, parameter, part;
+  int64_t start;
+  Block block;
+  int64_t parameter, part;
 };
 
 class Cut {
  public:
   Cut(int64_t outer, int64_t channels, int64_t inner)
       : channels_(channels), inner_(inner), elements_(outer * channels * inner), rows_(outer * channels) {
-    lines_ = inner == 1 ? channels > 1 : inner < SHORT && channels * inner <= TASK;
-    if (!lines_) return;
+    columns_ = inner == 1 ? channels > 1 : inner < SHORT && channels * inner <= LONGEST;
+    if (!columns_) return;
     period_ = channels * inner;
-    period_ *= ceil_div(PERIOD, period_);
+    period_ *= ceil_div(SHORTEST, period_);
   }
 
-  bool lines() const { return lines_; }
+  bool columns() const { return columns_; }
 
   // How many scales and zeros the kernels read, and which channel the i-th belongs to.
-  int64_t parameters() const { return lines_ ? period_ : channels_; }
-  int64_t channel(int64_t i) const { return lines_ ? i / inner_ % channels_ : i; }
+  int64_t parameters() const { return columns_ ? period_ : channels_; }
+  int64_t channel(int64_t i) const { return columns_ ? i / inner_ % channels_ : i; }
 
   int64_t tasks() const {
-    if (lines_) return across() * down();
+    if (columns_) return across() * down();
     return pieces() > 1 ? rows_ * pieces() : ceil_div(rows_, rows_per_task());
   }
 
   // Calls body(run) for every run of the tasks in [first, last).
   template <class Body>
   void walk(int64_t first, int64_t last, const Body& body) const {
-    if (lines_) {
+    if (columns_) {
       for (int64_t tile = first; tile < last; ++tile) walk_tile(tile, body);
     } else if (pieces() > 1) {
       for (int64_t task = first; task < last; ++task) {
         const int64_t row = task / pieces(), offset = task % pieces() * TASK;
-        body(Run{row * inner_ + offset, std::min(TASK, inner_ - offset), row % channels_, task});
+        body(Run{row * inner_ + offset, {std::min(TASK, inner_ - offset), 1, 0}, row % channels_, task});
       }
     } else {
       const int64_t end = std::min(rows_, last * rows_per_task());
       for (int64_t row = first * rows_per_task(); row < end; ++row)
-        body(Run{row * inner_, inner_, row % channels_, row});
+        body(Run{row * inner_, {inner_, 1, 0}, row % channels_, row});
     }
   }
 
-  // The partial sums of all runs, and their sums by channel, added in float64 in the order of memory.
-  int64_t parts() const { return lines_ ? down() * period_ : rows_ * pieces(); }
-  void fold(const std::vector<float>& part, float* total) const {
-    std::vector<double> sum(size_t(parameters()), 0.0), all(size_t(channels_), 0.0);
-    const int64_t repeats = lines_ ? 1 : pieces();
-    for (int64_t i = 0; i < parts(); ++i) sum[size_t(i / repeats % parameters())] += part[size_t(i)];
-    for (int64_t i = 0; i < parameters(); ++i) all[size_t(channel(i))] += sum[size_t(i)];
-    std::copy(all.begin(), all.end(), total);
+  // How many partial sums all runs have, and their sums by channel, added in the order of memory.
+  int64_t parts() const { return columns_ ? down() * period_ : rows_ * pieces(); }
+  void fold(const std::vector<double>& part, float* total) const {
+    const int64_t repeats = columns_ ? 1 : pieces();
+    std::vector<double> sum(size_t(parameters()), 0.0);
+    for (const double* next = part.data(); next < part.data() + parts();)
+      for (double& one : sum)
+        for (int64_t piece = 0; piece < repeats; ++piece) one += *next++;
+    if (columns_) {
+      std::vector<double> by_channel(size_t(channels_), 0.0);
+      for (int64_t i = 0; i < period_; ++i) by_channel[size_t(channel(i))] += sum[size_t(i)];
+      sum = std::move(by_channel);
+    }
+    std::copy(sum.begin(), sum.end(), total);
   }
 
  private:
   template <class Body>
   void walk_tile(int64_t tile, const Body& body) const {
     const int64_t column = tile % across() * WIDTH, band = tile / across();
-    const int64_t width = std::min(WIDTH, period_ - column);
-    for (int64_t line = band * HEIGHT; line < (band + 1) * HEIGHT; ++line) {
-      const int64_t start = line * period_ + column;
-      if (start >= elements_) return;
-      body(Run{start, std::min(width, elements_ - start), column, band * period_ + column});
-    }
+    const int64_t width = std::min(WIDTH, period_ - column), part = band * period_ + column;
+    const int64_t start = band * HEIGHT * period_ + column;
+    if (start >= elements_) return;
+    const int64_t whole = elements_ - start < width ? 0 : (elements_ - start - width) / period_ + 1;
+    if (whole) body(Run{start, {width, std::min(HEIGHT, whole), period_}, column, part});
+    const int64_t rest = elements_ - start - whole * period_;  // of a last line that ends within this column
+    if (whole < HEIGHT && rest > 0) body(Run{start + whole * period_, {rest, 1, 0}, column, part});
   }
 
   int64_t pieces() const { return ceil_div(inner_, TASK); }
@@ -93,23 +105,31 @@ class Cut {
   int64_t down() const { return ceil_div(ceil_div(elements_, period_), HEIGHT); }
 
   int64_t channels_, inner_, elements_, rows_, period_ = 0;
-  bool lines_;
+  bool columns_;
 };
 
 // The scales and the rounded zeros, in the order in which the runs of a cut index them.
-struct Parameters {
-  std::vector<float> scale, zero;
-
-  Parameters(const Cut& cut, const float* scales, const void* zeros, bool zero_is_int) {
-    scale.resize(size_t(cut.parameters()));
-    zero.resize(scale.size());
+class Parameters {
+ public:
+  Parameters(const Cut& cut, const float* scales, const void* zeros, bool zero_is_int) : scale(scales) {
+    zeros_.resize(size_t(cut.parameters()));
     for (int64_t i = 0; i < cut.parameters(); ++i) {
       const int64_t channel = cut.channel(i);
-      scale[size_t(i)] = scales[channel];
-      zero[size_t(i)] = zero_is_int ? float(static_cast<const int32_t*>(zeros)[channel])
-                                    : rintf(static_cast<const float*>(zeros)[channel]);
+      zeros_[size_t(i)] = zero_is_int ? float(static_cast<const int32_t*>(zeros)[channel])
+                                      : rintf(static_cast<const float*>(zeros)[channel]);
     }
+    zero = zeros_.data();
+    if (!cut.columns()) return;
+    scales_.resize(zeros_.size());
+    for (int64_t i = 0; i < cut.parameters(); ++i) scales_[size_t(i)] = scales[cut.channel(i)];
+    scale = scales_.data();
   }
+  Parameters(const Parameters&) = delete;
+
+  const float *scale, *zero;
+
+ private:
+  std::vector<float> scales_, zeros_;
 };
 
 }  // namespace ttaq

@@ -49,11 +49,12 @@ static inline void narrow(float value, bfloat16& out) {
 static inline void narrow(float value, float16& out) {
   const uint32_t magnitude = bits_of(value) & 0x7fffffffu;
   const uint32_t sign = (bits_of(value) >> 16) & 0x8000u;
+  // All three candidates, then a choice by masks: with branches this does not vectorise everywhere.
   const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;  // an ulp of 0.5 is 2^-24
-  uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
-  half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // 65520 and more round to infinity
-  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  const uint32_t is_small = -uint32_t(magnitude < 0x38800000u), is_large = -uint32_t(magnitude >= 0x477ff000u);
+  const uint32_t large = 0x7c00u | (uint32_t(magnitude > 0x7f800000u) << 9);  // infinity from 65520 on, or a NaN
+  const uint32_t half = (subnormal & is_small) | (large & is_large) | (normal & ~(is_small | is_large));
   out.bits = uint16_t(sign | half);
 }
 
