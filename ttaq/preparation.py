@@ -11,6 +11,7 @@ from .spec import QuantSpec, Recipe
 from .surgery import copy_model, replace
 
 _UNSERVED = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Bilinear, nn.RNNBase)
+_READS_WEIGHTS = ("ShiftedWindowAttention", "ShiftedWindowAttentionV2")
 
 
 def prepare(model: nn.Module, recipe: str | Recipe = "w4a4", *, inplace: bool = False) -> nn.Module:
@@ -66,8 +67,8 @@ def _choose(model):
     """Find the layers to quantise, and say of every other layer with a weight matrix why it is left out."""
     chosen, left_out, closed = {}, {}, []
     for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            left_out[name] = "nn.MultiheadAttention reads its weights past its layers; write attention with nn.Linear"
+        if isinstance(module, nn.MultiheadAttention) or type(module).__name__ in _READS_WEIGHTS:
+            left_out[name] = f"{type(module).__name__} reads its weights past its layers, so these cannot be swapped"
             closed.append(name + ".")
         elif name.startswith(tuple(closed)) or not name:
             continue
@@ -81,6 +82,8 @@ def _choose(model):
                 left_out[name] = "its weight is parametrised; remove the parametrisation first"
             else:
                 chosen[name] = module
+        elif hasattr(module, "fused_attn"):
+            left_out[name] = "its products of attention stay in float; its linear layers are quantised"
         elif isinstance(module, _UNSERVED):
             left_out[name] = f"{type(module).__name__} is not served"
     return chosen, left_out
