@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,11 @@ class Op:
     implementations: tuple[Implementation, ...]
 
     def run(self, *args):
-        """Run the first implementation that does not refuse, or the forced one."""
+        """Run the first implementation that does not refuse, or the forced one; autocast does not reach inside."""
+        with without_autocast(args[0].device.type):
+            return self._run(*args)
+
+    def _run(self, *args):
         if _forced is not None:
             return self._forced_run(*args)
         for implementation in self.implementations:
@@ -73,6 +77,12 @@ def declare(schema: str, *implementations: Implementation, fake: Callable) -> Op
     torch.library.register_fake(f"ttaq::{op.name}", fake, lib=_library)
     OPS[op.name] = op
     return op
+
+
+def without_autocast(device: str):
+    """Give a context in which autocast, under which exact sums would turn to half precision, is off on `device`."""
+    on = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def never(*args) -> None:

@@ -3,6 +3,7 @@
 import torch
 
 from .declarations import RAW
+from .dispatch import without_autocast
 from .kernels.codes import exact_dtype
 
 
@@ -48,7 +49,7 @@ class PackedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[7]:
             dx = RAW.packed_linear_backward(grad, words, scale, zero, bits, group, x.shape[-1])
             dx, dx_scale = _through_codes(ctx.needs_input_grad, dx, x, x_scale, x_zero, x_bits)
-        dbias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[4] else None
+        dbias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[4] else None
         return dx, None, None, None, dbias, None, None, dx_scale, None, None
 
 
@@ -82,14 +83,16 @@ class QuantizedMatmul(torch.autograd.Function):
         exact = exact_dtype(a.shape[-1], a_bits, b_bits)
         left = _activation_codes(a, a_scale, a_zero, a_bits)[0].to(exact) - a_zero
         right = _activation_codes(b, b_scale, b_zero, b_bits)[0].to(exact) - b_zero
-        return ((left @ right).float() * (a_scale * b_scale)).to(a.dtype)
+        with without_autocast(a.device.type):
+            return ((left @ right).float() * (a_scale * b_scale)).to(a.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         a, b, a_scale, a_zero, b_scale, b_zero = ctx.saved_tensors
         a_grid, b_grid = ((0, (1 << bits) - 1, None, 0) for bits in ctx.widths)
-        da = grad @ RAW.fake_quant(b, b_scale, b_zero, *b_grid).transpose(-1, -2)
+        da = grad @ RAW.fake_quant(b, b_scale, b_zero, *b_grid).transpose(-1, -2).to(grad.dtype)
         db = RAW.fake_quant(a, a_scale, a_zero, *a_grid).transpose(-1, -2) @ grad
+        da, db = da.sum_to_size(a.shape), db.sum_to_size(b.shape).to(b.dtype)
         da, da_scale, _ = RAW.fake_quant_backward(da, a, a_scale, a_zero, *a_grid)
         db, db_scale, _ = RAW.fake_quant_backward(db, b, b_scale, b_zero, *b_grid)
         return da, db, da_scale, None, db_scale, None, None, None

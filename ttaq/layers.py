@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import ops
-from .quantizers import ActivationQuantizer, WeightQuantizer
+from .quantizers import ActivationQuantizer, Gridded, WeightQuantizer
 from .spec import QuantSpec, Recipe
 
 
@@ -140,7 +140,7 @@ class QuantMatMul(MatMul):
         return ops.quantized_matmul(a, b, a_scale, a_zero, b_scale, b_zero, **widths)
 
 
-class _PackedLayer(nn.Module):
+class _PackedLayer(Gridded):
     """What PackedLinear and PackedConv2d share: words, scale, zero, bias and the quantiser of the input."""
 
     def __init__(self, spec: QuantSpec, rows: int, k: int, bias: bool, x_spec: QuantSpec | None, device=None):

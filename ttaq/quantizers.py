@@ -14,7 +14,20 @@ from .spec import QuantSpec
 _SAMPLE = 1 << 13
 
 
-class Quantizer(nn.Module):
+class Gridded(nn.Module):
+    """A module whose scale and zero keep their dtype when the model changes its own, as under `model.half()`."""
+
+    def _apply(self, fn, recurse=True):
+        before = {name: getattr(self, name).data for name in ("scale", "zero")}
+        super()._apply(fn, recurse)
+        for name, values in before.items():
+            held = getattr(self, name)
+            if held.dtype != values.dtype:
+                held.data = values.to(held.device)
+        return self
+
+
+class Quantizer(Gridded):
     """What both quantisers share: a scale, a zero, and whether they are set.
 
     Until it is `ready` a quantiser passes its input through, unless it is told to set itself from the first (`auto`).
@@ -100,7 +113,7 @@ class ActivationQuantizer(Quantizer):
         scale, zero = self.grid(x)
         if self.spec.granularity == "token":
             return ops.fake_quant(x, scale[..., None], zero[..., None], qmin=0, qmax=self.spec.qmax, group=x.shape[-1])
-        scale = ScaleGradient.apply(scale, 1 / math.sqrt(max(x[0].numel(), 1) * self.spec.qmax))
+        scale = learning_scale(self, x.numel() // max(len(x), 1))
         y = ops.fake_quant(x, scale, zero, qmin=0, qmax=self.spec.qmax)
         return torch.where(torch.rand_like(x) < self.drop, x, y) if self.drop else y
 
@@ -158,7 +171,8 @@ class WeightQuantizer(Quantizer):
         if self.rounding is not None:
             return self.rounding(weight, self)
         if self.codes is None:
-            return ops.fake_quant(weight, self.scale, self.zero, qmin=0, qmax=self.spec.qmax, **self.layout)
+            scale = learning_scale(self, weight.numel() // self.scale.numel())
+            return ops.fake_quant(weight, scale, self.zero, qmin=0, qmax=self.spec.qmax, **self.layout)
         return dequantise(self.codes, self.scale, self.zero, self.spec.group).to(weight.dtype)
 
     def harden(self, weight: Tensor) -> None:
@@ -167,7 +181,10 @@ class WeightQuantizer(Quantizer):
         self.rounding = None
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        self.codes = state_dict.get(prefix + "codes")
+        weight = prefix.removesuffix("weight_quantizer.") + "weight"
+        if prefix + "scale" in state_dict or weight in state_dict:  # a new grid or a new weight ends the old codes
+            codes = state_dict.get(prefix + "codes")
+            self.codes = None if codes is None else codes.to(self.scale.device, copy=True)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -223,8 +240,7 @@ class StraightThrough(nn.Module):
 
     def forward(self, weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
         """Return the learned weight, fake-quantised."""
-        count = max(weight.numel() // quantizer.scale.numel(), 1)
-        scale = ScaleGradient.apply(quantizer.scale, 1 / math.sqrt(count * quantizer.spec.qmax))
+        scale = learning_scale(quantizer, weight.numel() // quantizer.scale.numel())
         return ops.fake_quant(self.v, scale, quantizer.zero, qmin=0, qmax=quantizer.spec.qmax, **quantizer.layout)
 
     def codes(self, weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
@@ -246,6 +262,11 @@ class ScaleGradient(torch.autograd.Function):
     def backward(ctx, grad):
         """Scale the gradient."""
         return grad * ctx.factor, None
+
+
+def learning_scale(quantizer: Quantizer, count: int) -> Tensor:
+    """Return the scale with its gradient times ``1 / sqrt(count qmax)``, `count` the values that share it."""
+    return ScaleGradient.apply(quantizer.scale, 1 / math.sqrt(max(count, 1) * quantizer.spec.qmax))
 
 
 @contextmanager
