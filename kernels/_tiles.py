@@ -1,8 +1,21 @@
 """What several kernels share: the canonical view of a tensor and its scales, broadcast and reduced."""
 
+from functools import wraps
+
 import torch
 
 from ._triton import jit, tl, triton
+
+
+def without_autocast(reference):
+    """Keep autocast, which would round exact integers to half precision, out of a function of x and more."""
+
+    @wraps(reference)
+    def run(x, *args):
+        with torch.autocast(x.device.type, enabled=False):
+            return reference(x, *args)
+
+    return run
 
 
 def expand(values: torch.Tensor, x: torch.Tensor, axis: int | None, group: int) -> torch.Tensor:

@@ -6,59 +6,36 @@ The integer law is that of `packed_linear`: exact integer sums, times ``scale_x 
 import torch
 from torch.nn import functional as F
 
-from .codes import exact_dtype, stored_codes
+from ._tiles import activation_operand, exact_sum, gather_codes, load_codes, weight_operand, without_autocast
+from ._triton import jit, tl, triton
+from .codes import exact_dtype, refuses_sum, refuses_words, stored_codes
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
+@without_autocast
 def reference(
-    x,
-    words,
-    scale,
-    zero,
-    bias,
-    bits,
-    x_scale,
-    x_zero,
-    x_bits,
-    kernel_size,
-    stride,
-    padding,
-    dilation,
-    groups,
-    dtype,
+    x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, stride, padding, dilation, groups, dtype
 ):
     """Compute the layer: the specification of the op."""
-    layout = fake(
-        x,
-        words,
-        scale,
-        zero,
-        bias,
-        bits,
-        x_scale,
-        x_zero,
-        x_bits,
-        kernel_size,
-        stride,
-        padding,
-        dilation,
-        groups,
-        dtype,
-    )
+    geometry = kernel_size, stride, padding, dilation, groups
+    layout = fake(x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, *geometry, dtype)
     per_group = x.shape[1] // groups
     shape = (words.shape[0], per_group, *kernel_size)
     if x_scale is None:
         weight = dequantise(words, scale, zero, bits, shape).to(x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
-        return layout.copy_(F.conv2d(x, weight, bias, stride, padding, dilation, groups))
+        return layout.copy_(F.conv2d(x, weight, bias, *geometry[1:]))
     exact = exact_dtype(per_group * kernel_size[0] * kernel_size[1], bits, x_bits)
     codes = stored_codes(words, bits, shape[1] * shape[2] * shape[3])
     weight = (codes.to(exact) - zero.unsqueeze(-1)).reshape(shape)
     with torch.backends.cudnn.flags(enabled=False):  # Winograd and TF32 sums of integers are not exact
-        sums = F.conv2d(x.to(exact) - x_zero, weight, None, stride, padding, dilation, groups)
+        sums = F.conv2d(x.to(exact) - x_zero, weight, None, *geometry[1:])
     y = sums.float() * (x_scale * scale).reshape(-1, 1, 1)
     return layout.copy_(y if bias is None else y + bias.float().reshape(-1, 1, 1))
 
 
+@without_autocast
 def reference_backward(grad, words, scale, zero, bits, input_shape, kernel_size, stride, padding, dilation, groups):
     """Return the gradient of the dequantised input, shape `input_shape`."""
     shape = (words.shape[0], input_shape[1] // groups, *kernel_size)
@@ -73,21 +50,7 @@ def dequantise(words, scale, zero, bits, shape):
 
 
 def fake(
-    x,
-    words,
-    scale,
-    zero,
-    bias,
-    bits,
-    x_scale,
-    x_zero,
-    x_bits,
-    kernel_size,
-    stride,
-    padding,
-    dilation,
-    groups,
-    dtype,
+    x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, stride, padding, dilation, groups, dtype
 ):
     """Allocate the output as the op does: contiguous, or channels-last where `x` is."""
     sizes = [
@@ -97,3 +60,210 @@ def fake(
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty((x.shape[0], words.shape[0], *sizes), dtype=dtype, device=x.device, memory_format=layout)
+
+
+@jit
+def _packed_conv2d_kernel(
+    x_ptr, word_ptr, scale_ptr, zero_ptr, bias_ptr, x_scale_ptr, x_zero_ptr, y_ptr,
+    M, N, K, H, W, OH, OW, row_bytes,
+    stride_xb, stride_xc, stride_xh, stride_xw, stride_yb, stride_yc, stride_yp,
+    step_h, step_w, pad_h, pad_w, dilation_h, dilation_w, R: tl.constexpr, S: tl.constexpr,
+    INTEGER: tl.constexpr, BITS: tl.constexpr, WIDE_W: tl.constexpr, WIDE_X: tl.constexpr, BIAS: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # An implicit GEMM for each group of channels: N of its outputs, M output pixels, K taps of its inputs.
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    offs_n = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = (tl.program_id(0) // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * N + tl.minimum(offs_n, N - 1)
+    m = tl.minimum(offs_m, M - 1)
+    image, pixel = (m // (OH * OW)).to(tl.int64), m % (OH * OW)
+    top, left = pixel // OW * step_h - pad_h, pixel % OW * step_w - pad_w
+    images = x_ptr + image * stride_xb + (tl.program_id(1) * (K // (R * S))).to(tl.int64) * stride_xc
+    rows = word_ptr + n.to(tl.int64) * row_bytes
+    zero, scale = tl.load(zero_ptr + n), tl.load(scale_ptr + n)
+    zero_x = tl.load(x_zero_ptr) if INTEGER else 0
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if INTEGER else tl.float32)
+    sum_w = tl.zeros((BLOCK_N,), tl.int32)
+    sum_x = tl.zeros((BLOCK_M,), tl.int32)
+    for start in range(0, K, BLOCK_K):
+        w = load_codes(rows, start, row_bytes, BITS, BLOCK_K, EVEN)
+        k = (start + tl.arange(0, BLOCK_K))[:, None]
+        h = top[None, :] + k % (R * S) // S * dilation_h
+        v = left[None, :] + k % S * dilation_w
+        inside = (k < K) & (h >= 0) & (h < H) & (v >= 0) & (v < W)
+        offs = k // (R * S) * stride_xc + h * stride_xh + v * stride_xw
+        x = tl.load(images[None, :] + offs, mask=inside, other=0)
+        if INTEGER:  # padding, and what lies beyond K, gets the code of 0.0
+            x = activation_operand(tl.where(inside, x, zero_x.to(tl.uint8)), WIDE_X)
+            w = weight_operand(w, zero, WIDE_W)
+            sum_w += tl.sum(w.to(tl.int32), axis=1)
+            if WIDE_W:
+                sum_x += tl.sum(x.to(tl.int32), axis=0)
+            total = tl.dot(w, x, total, out_dtype=tl.int32)
+        else:
+            w = (w.to(tl.float32) - zero[:, None].to(tl.float32)).to(x.dtype)
+            total = tl.dot(w, x, total, input_precision="ieee")
+    if INTEGER:
+        total = exact_sum(total, sum_w, sum_x, zero, zero_x, tl.cdiv(K, BLOCK_K) * BLOCK_K, WIDE_W, WIDE_X)
+        scale *= tl.load(x_scale_ptr)
+    y = total.to(tl.float32) * scale[:, None]
+    if BIAS:
+        y += tl.load(bias_ptr + n).to(tl.float32)[:, None]
+    out = y_ptr + (image * stride_yb)[None, :] + pixel[None, :] * stride_yp + n[:, None] * stride_yc
+    tl.store(out, y.to(y_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])
+
+
+@jit
+def _packed_conv2d_backward_kernel(
+    grad_ptr, word_ptr, scale_ptr, zero_ptr, dx_ptr,
+    M, N, C, H, W, OH, OW, row_bytes, stride_gb, stride_gc, stride_gh, stride_gw,
+    step_h, step_w, pad_h, pad_w, dilation_h, dilation_w, R: tl.constexpr, S: tl.constexpr,
+    BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    # Each of M input pixels gathers, for C inputs of a group, what its N outputs received through each tap.
+    tiles_c = tl.cdiv(C, BLOCK_C)
+    offs_c = (tl.program_id(0) % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_m = (tl.program_id(0) // tiles_c) * BLOCK_M + tl.arange(0, BLOCK_M)
+    group = tl.program_id(1)
+    image, pixel = (offs_m // (H * W)).to(tl.int64), offs_m % (H * W)
+    images = grad_ptr + image * stride_gb
+    dx = tl.zeros((BLOCK_C, BLOCK_M), tl.float32)
+    for tap in range(R * S):
+        h = pixel // W + pad_h - tap // S * dilation_h
+        v = pixel % W + pad_w - tap % S * dilation_w
+        inside = (offs_m < M) & (h >= 0) & (h % step_h == 0) & (h // step_h < OH)
+        inside &= (v >= 0) & (v % step_w == 0) & (v // step_w < OW)
+        offs = h // step_h * stride_gh + v // step_w * stride_gw
+        for start in range(0, N, BLOCK_N):
+            offs_n = start + tl.arange(0, BLOCK_N)
+            n = group * N + tl.minimum(offs_n, N - 1)
+            pointers = images[None, :] + (n[:, None] * stride_gc + offs[None, :])
+            grad = tl.load(pointers, mask=inside[None, :] & (offs_n < N)[:, None], other=0.0)
+            rows = word_ptr + n.to(tl.int64) * row_bytes
+            code = gather_codes(rows[None, :], offs_c[:, None] * (R * S) + tap, (offs_c < C)[:, None], BITS)
+            w = (code.to(tl.float32) - tl.load(zero_ptr + n).to(tl.float32)[None, :]) * tl.load(scale_ptr + n)[None, :]
+            dx = tl.dot(w.to(grad.dtype), grad, dx, input_precision="ieee")
+    channel = image[None, :] * tl.num_programs(1) * C + (group * C + offs_c)[:, None]
+    out = dx_ptr + channel * H * W + pixel[None, :]
+    tl.store(out, dx.to(dx_ptr.dtype.element_ty), mask=(offs_c < C)[:, None] & (offs_m < M)[None, :])
+
+
+def launch(
+    x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, stride, padding, dilation, groups, dtype
+):
+    """Run the Triton kernel."""
+    geometry = kernel_size, stride, padding, dilation, groups
+    y = fake(x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, *geometry, dtype)
+    if y.numel() == 0:
+        return y
+    pixels, outputs = y.numel() // y.shape[1], y.shape[1] // groups
+    k = x.shape[1] // groups * kernel_size[0] * kernel_size[1]
+    block_n, block_m, block_k = _tiles(outputs, x.dtype)
+    with torch.cuda.device_of(x):
+        _packed_conv2d_kernel[(triton.cdiv(outputs, block_n) * triton.cdiv(pixels, block_m), groups)](
+            x,
+            words.contiguous(),
+            scale.contiguous(),
+            zero.contiguous(),
+            bias,
+            x_scale,
+            x_zero,
+            y,
+            pixels,
+            outputs,
+            k,
+            *x.shape[2:],
+            *y.shape[2:],
+            words.shape[-1],
+            *x.stride(),
+            *(y.stride(d) for d in (0, 1, 3)),
+            *stride,
+            *padding,
+            *dilation,
+            *kernel_size,
+            INTEGER=x_scale is not None,
+            BITS=8 if words.shape[-1] == k else bits,
+            WIDE_W=bits == 8,
+            WIDE_X=x_bits == 8,
+            BIAS=bias is not None,
+            EVEN=k % block_k == 0,
+            BLOCK_N=block_n,
+            BLOCK_M=block_m,
+            BLOCK_K=block_k,
+            num_warps=4,
+            num_stages=2,
+            enable_fp_fusion=False,
+        )
+    return y
+
+
+def refuses(
+    x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, stride, padding, dilation, groups, dtype
+):
+    """Say why the Triton kernel cannot run, or None."""
+    k = x.shape[1] // groups * kernel_size[0] * kernel_size[1]
+    if x_scale is not None and (reason := refuses_sum(k, bits, x_bits)):
+        return reason
+    if x_scale is None and x.dtype not in FLOATS:
+        return f"x is {x.dtype}; the kernel takes float16, bfloat16 and float32"
+    return _refuses_size(x, groups) or refuses_words(words, bits, 0, k)
+
+
+def launch_backward(grad, words, scale, zero, bits, input_shape, kernel_size, stride, padding, dilation, groups):
+    """Run the Triton kernel: no float weight is held in memory."""
+    dx = grad.new_empty(input_shape)
+    if dx.numel() == 0:
+        return dx
+    pixels, inputs, outputs = dx.numel() // dx.shape[1], dx.shape[1] // groups, words.shape[0] // groups
+    k = inputs * kernel_size[0] * kernel_size[1]
+    block_c, block_m, block_n = _tiles(inputs, grad.dtype)
+    with torch.cuda.device_of(grad):
+        _packed_conv2d_backward_kernel[(triton.cdiv(inputs, block_c) * triton.cdiv(pixels, block_m), groups)](
+            grad,
+            words.contiguous(),
+            scale.contiguous(),
+            zero.contiguous(),
+            dx,
+            pixels,
+            outputs,
+            inputs,
+            *dx.shape[2:],
+            *grad.shape[2:],
+            words.shape[-1],
+            *grad.stride(),
+            *stride,
+            *padding,
+            *dilation,
+            *kernel_size,
+            BITS=8 if words.shape[-1] == k else bits,
+            BLOCK_N=block_n,
+            BLOCK_M=block_m,
+            BLOCK_C=block_c,
+            num_warps=4,
+            num_stages=2,
+            enable_fp_fusion=False,
+        )
+    return dx
+
+
+def refuses_backward(grad, words, scale, zero, bits, input_shape, kernel_size, stride, padding, dilation, groups):
+    """Say why the Triton kernel cannot run, or None."""
+    if grad.dtype not in FLOATS:
+        return f"grad is {grad.dtype}; the kernel takes float16, bfloat16 and float32"
+    k = input_shape[1] // groups * kernel_size[0] * kernel_size[1]
+    return _refuses_size(grad, groups) or refuses_words(words, bits, 0, k)
+
+
+def _refuses_size(x, groups):
+    if sum((size - 1) * step for size, step in zip(x.shape[1:], x.stride()[1:], strict=True)) >= 1 << 31:
+        return f"an image of {tuple(x.shape[1:])} spans more than 2^31 elements; the kernel counts in int32"
+    if groups >= 1 << 16:
+        return f"there are {groups} groups; a grid has at most 65535"
+    return None
+
+
+def _tiles(channels, dtype):
+    """Choose the tile: (channels of a group, pixels, contraction)."""
+    rows = triton.next_power_of_2(channels)
+    return (min(64, max(32, rows)), 32, 32) if dtype == torch.float32 else (min(64, max(16, rows)), 64, 32)

@@ -8,11 +8,12 @@ import math
 
 import torch
 
-from ._tiles import activation_operand, exact_sum, load_codes, weight_operand
+from ._tiles import activation_operand, exact_sum, load_codes, weight_operand, without_autocast
 from ._triton import jit, tl, triton
 from .codes import exact_dtype, refuses_sum, refuses_words, stored_codes
 
 
+@without_autocast
 def reference(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits, dtype):
     """Compute the layer: the specification of the op."""
     k = x.shape[-1]
@@ -33,6 +34,7 @@ def reference(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits,
     return (y if bias is None else y + bias.float()).to(dtype)
 
 
+@without_autocast
 def reference_backward(grad, words, scale, zero, bits, group, k):
     """Return grad @ weight: the gradient of the dequantised input."""
     return grad @ dequantise(words, scale, zero, bits, group, k).to(grad.dtype)
@@ -50,32 +52,11 @@ def dequantise(words, scale, zero, bits, group, k):
 
 @jit
 def _packed_linear_kernel(
-    x_ptr,
-    word_ptr,
-    scale_ptr,
-    zero_ptr,
-    bias_ptr,
-    x_scale_ptr,
-    x_zero_ptr,
-    y_ptr,
-    M,
-    N,
-    K,
-    row_bytes,
-    group,
-    stride_xm,
-    token,
-    INTEGER: tl.constexpr,
-    BITS: tl.constexpr,
-    WIDE_W: tl.constexpr,
-    WIDE_X: tl.constexpr,
-    GROUPED: tl.constexpr,
-    BIAS: tl.constexpr,
-    EVEN: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    x_ptr, word_ptr, scale_ptr, zero_ptr, bias_ptr, x_scale_ptr, x_zero_ptr, y_ptr,
+    M, N, K, row_bytes, group, stride_xm, token,
+    INTEGER: tl.constexpr, BITS: tl.constexpr, WIDE_W: tl.constexpr, WIDE_X: tl.constexpr, GROUPED: tl.constexpr,
+    BIAS: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     # The weight is the first operand: its codes then stay in registers. Rows beyond N or M repeat the last one.
     tiles_n = tl.cdiv(N, BLOCK_N)
     offs_n = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -102,20 +83,10 @@ def _packed_linear_kernel(
 
 @jit
 def _sum_codes(
-    x_rows,
-    rows,
-    first,
-    count,
-    row_bytes,
-    zero,
-    zero_x,
-    INTEGER: tl.constexpr,
-    BITS: tl.constexpr,
-    WIDE_W: tl.constexpr,
-    WIDE_X: tl.constexpr,
-    EVEN: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    x_rows, rows, first, count, row_bytes, zero, zero_x,
+    INTEGER: tl.constexpr, BITS: tl.constexpr, WIDE_W: tl.constexpr, WIDE_X: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """Sum ``(code_w - zero) * x``, or times ``code_x - zero_x``, over k in first .. first + count - 1: (N, M)."""
     total = tl.zeros((zero.shape[0], zero_x.shape[0]), tl.int32 if INTEGER else tl.float32)
     sum_w = tl.zeros(zero.shape, tl.int32)
@@ -144,23 +115,9 @@ def _sum_codes(
 
 @jit
 def _packed_linear_backward_kernel(
-    grad_ptr,
-    word_ptr,
-    scale_ptr,
-    zero_ptr,
-    dx_ptr,
-    M,
-    N,
-    K,
-    row_bytes,
-    group,
-    stride_gm,
-    BITS: tl.constexpr,
-    GROUPED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    grad_ptr, word_ptr, scale_ptr, zero_ptr, dx_ptr, M, N, K, row_bytes, group, stride_gm,
+    BITS: tl.constexpr, GROUPED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     tiles_k = tl.cdiv(K, BLOCK_K)
     start = (tl.program_id(0) % tiles_k) * BLOCK_K
     offs_k = start + tl.arange(0, BLOCK_K)
