@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,6 +21,8 @@ ROOT = Path(__file__).parent.resolve()
 KINDS = ("cpu", "cuda")
 WANTED = {"auto": KINDS, "cpu": ("cpu",), "cuda": KINDS, "0": ()}
 RECORD = "native_build.json"  # {"cpu": null or the reason why not, "cuda": ...}, read by kernels/_native.py
+
+ERROR = re.compile(r"\b(error|fatal)\b|No such file", re.IGNORECASE)
 
 CXX_FLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -fopenmp-simd "
@@ -147,7 +150,8 @@ class BuildNative(build_ext):
         done = subprocess.run([ninja(), "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         print(done.stdout)
         if done.returncode:
-            raise Unavailable(f"csrc/{kind} did not compile when ttaq was built: {done.stdout[-2000:].strip()}")
+            why = next((line for line in done.stdout.splitlines() if ERROR.search(line)), "see the log of the build")
+            raise Unavailable(f"csrc/{kind} did not compile when ttaq was built ({why.strip()})")
 
 
 class NativeWheel(bdist_wheel):
