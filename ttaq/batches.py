@@ -25,10 +25,18 @@ def collect(verb: str, batches: Iterable, device: torch.device) -> list:
     """
     if isinstance(batches, Tensor):
         batches = [batches]
+    if not isinstance(batches, Iterable):
+        raise ValueError(
+            f"{verb}: wanted a re-iterable of batches, got {type(batches).__name__}; pass a list of image tensors"
+        )
+    if device.type == "meta":
+        raise ValueError(f"{verb}: the model is on meta and holds no weights; load them first")
     inputs = [_to(_input_of(verb, batch), device) for batch in batches]
     if not inputs:
         raise ValueError(f"{verb}: the calibration set is empty; pass a re-iterable of batches, some hundred images")
     for i, entry in enumerate(inputs):
+        if isinstance(entry, dict) and not entry:
+            raise ValueError(f"{verb}: batch {i} is a dict without tensors; name the model's inputs in it")
         for tensor in entry.values() if isinstance(entry, dict) else (entry,):
             if tensor.shape[:1] == (0,):
                 raise ValueError(f"{verb}: batch {i} holds no image; drop it")

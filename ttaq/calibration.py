@@ -31,6 +31,9 @@ def calibrate(model: nn.Module, batches: Iterable, *, forward: Forward | None = 
     if not layers and not quantizers:
         raise ValueError("calibrate: the model has no quantised layers; call ttaq.prepare first")
     inputs = collect("calibrate", batches, device_of(model))
+    for name, layer in layers.items():
+        if not torch.isfinite(layer.weight).all():
+            raise ValueError(f"calibrate: the weight of {name} holds NaN or infinite values; load sound weights first")
     samples = _observe(model, inputs, quantizers, forward, seed)
     for layer in layers.values():
         if layer.weight_quantizer is not None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .surgery import device_of, evaluating
+
 
 @dataclass(frozen=True)
 class Result:
@@ -39,14 +41,14 @@ def evaluate(
     """Predict a stream in its order and count the errors of each domain.
 
     Args:
-        model: A model, or an Adapter, which goes on adapting while it predicts.
+        model: A model, run in eval mode, or an Adapter, which goes on adapting while it predicts.
         stream: Of `streams.Batch`: images (B, C, H, W), labels (B,), domain, first.
         reset: Reset the adapter where a domain begins; False lets it carry on (continual adaptation).
         forward: Runs the model on images, when `model(x)` does not give logits.
         progress: Called with the number of images after each batch.
 
     Returns:
-        Errors per domain, and seconds.
+        Errors per domain, and seconds; an image with NaN among its logits counts as an error.
 
     Raises:
         ValueError: The stream is empty, or `reset` is asked of a model that cannot.
@@ -56,20 +58,20 @@ def evaluate(
     wrong: dict[str, int] = {}
     images: dict[str, int] = {}
     seconds = 0.0
-    if not hasattr(model, "reset"):
-        model.eval()
-    for batch in stream:
-        if reset and batch.first:
-            model.reset()
-        start = time.perf_counter()
-        with torch.no_grad():
-            logits = model(batch.images) if forward is None else forward(model, batch.images)
-        guesses = logits.argmax(-1).cpu()
-        seconds += time.perf_counter() - start
-        wrong[batch.domain] = wrong.get(batch.domain, 0) + int((guesses != batch.labels).sum())
-        images[batch.domain] = images.get(batch.domain, 0) + len(guesses)
-        if progress is not None:
-            progress(len(guesses))
+    device = device_of(model)
+    with torch.no_grad(), evaluating(model):
+        for batch in stream:
+            if reset and batch.first:
+                model.reset()
+            start = time.perf_counter()
+            x = batch.images.to(device)
+            logits = model(x) if forward is None else forward(model, x)
+            guesses = logits.argmax(-1).masked_fill(logits.isnan().any(-1), -1).cpu()
+            seconds += time.perf_counter() - start
+            wrong[batch.domain] = wrong.get(batch.domain, 0) + int((guesses != batch.labels).sum())
+            images[batch.domain] = images.get(batch.domain, 0) + len(guesses)
+            if progress is not None:
+                progress(len(guesses))
     if not images:
         raise ValueError("evaluate: the stream is empty; give a source with images")
     return Result({d: 100 * wrong[d] / images[d] for d in images}, images, seconds)

@@ -23,7 +23,13 @@ def choose_range(rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
     Returns:
         (scale, zero): (R,), float32 both; zero holds whole numbers in 0 .. qmax.
+
+    Raises:
+        ValueError: There is no value, or one is NaN or infinite.
     """
+    if rows.numel() == 0 or not torch.isfinite(rows).all():
+        what = "NaN or infinite values" if rows.numel() else "no value"
+        raise ValueError(f"ranges: wanted finite values to choose a range from, got {what}; check weights and images")
     rows = rows.float()
     low, high = _extremes(rows, spec)
     scale, zero = _affine(low, high, spec)

@@ -25,6 +25,8 @@ def pack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     found = {n: m for n, m in model.named_modules() if isinstance(m, (QuantLinear, QuantConv2d)) and m.weight_quantizer}
     if not found:
         raise ValueError("pack: the model has no layer with quantised weights; call ttaq.quantize first")
+    if "" in found:
+        raise ValueError("pack: the model is one layer by itself; use PackedLinear.from_quantized or PackedConv2d's")
     packed = {}
     for name, layer in found.items():
         twin = PackedLinear if isinstance(layer, QuantLinear) else PackedConv2d

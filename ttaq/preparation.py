@@ -11,7 +11,9 @@ from .spec import QuantSpec, Recipe
 from .surgery import copy_model, replace
 
 _UNSERVED = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Bilinear, nn.RNNBase)
-_READS_WEIGHTS = ("ShiftedWindowAttention", "ShiftedWindowAttentionV2")
+_READS_WEIGHTS = (
+    "MultiheadAttention", "TransformerEncoderLayer", "ShiftedWindowAttention", "ShiftedWindowAttentionV2"
+)  # fmt: skip
 
 
 def prepare(model: nn.Module, recipe: str | Recipe = "w4a4", *, inplace: bool = False) -> nn.Module:
@@ -34,12 +36,11 @@ def prepare(model: nn.Module, recipe: str | Recipe = "w4a4", *, inplace: bool = 
     recipe = Recipe.parse(recipe)
     if any(isinstance(m, Quantizer) for m in model.modules()):
         raise ValueError("prepare: the model holds quantised layers already; start from the float model")
+    if any(isinstance(p, nn.UninitializedParameter) for p in model.parameters()):
+        raise ValueError("prepare: the model has lazy layers without weights; run it on a batch first")
     chosen, left_out = _choose(model)
     if not chosen:
-        raise ValueError(
-            f"prepare: {type(model).__name__} has no nn.Linear or nn.Conv2d to quantise; "
-            "wrap its layers in these classes or leave it in float"
-        )
+        raise ValueError(_nothing_to_quantise(model, left_out))
     weighted = [name for name, module in chosen.items() if not isinstance(module, MatMul)]
     edges = {weighted[0], weighted[-1]} if weighted else set()
     report = {"recipe": recipe.to_json(), "fingerprint": fingerprint(model), "layers": {}, "left_out": left_out}
@@ -67,18 +68,20 @@ def _choose(model):
     """Find the layers to quantise, and say of every other layer with a weight matrix why it is left out."""
     chosen, left_out, closed = {}, {}, []
     for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention) or type(module).__name__ in _READS_WEIGHTS:
+        if name.startswith(tuple(closed)):
+            continue
+        if any(kind.__name__ in _READS_WEIGHTS for kind in type(module).__mro__):
             left_out[name] = f"{type(module).__name__} reads its weights past its layers, so these cannot be swapped"
-            closed.append(name + ".")
-        elif name.startswith(tuple(closed)) or not name:
+            closed.append(name and name + ".")
+        elif not name:
             continue
         elif isinstance(module, MatMul):
             chosen[name] = module
         elif isinstance(module, (nn.Linear, nn.Conv2d)):
             plain = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
-            if type(module).forward is not plain.forward:
+            if type(module).forward is not plain.forward or "forward" in vars(module):
                 left_out[name] = f"{type(module).__name__} has a forward of its own"
-            elif hasattr(module, "parametrizations"):
+            elif hasattr(module, "parametrizations") or "weight" not in module._parameters:
                 left_out[name] = "its weight is parametrised; remove the parametrisation first"
             else:
                 chosen[name] = module
@@ -87,6 +90,17 @@ def _choose(model):
         elif isinstance(module, _UNSERVED):
             left_out[name] = f"{type(module).__name__} is not served"
     return chosen, left_out
+
+
+def _nothing_to_quantise(model, left_out):
+    kind = type(model).__name__
+    if isinstance(model, (nn.Linear, nn.Conv2d, MatMul)):
+        return f"prepare: the model is one {kind} by itself; use its twin Quant{kind}, or put it into a nn.Sequential"
+    reasons = "".join(f"; {name or kind}: {reason}" for name, reason in list(left_out.items())[:3])
+    return (
+        f"prepare: {kind} has no nn.Linear or nn.Conv2d that can be quantised{reasons}; "
+        "write its layers with these classes or leave it in float"
+    )
 
 
 def _twin(name, module, weight, activation):

@@ -37,8 +37,11 @@ class QuantSpec:
             raise ValueError(f"QuantSpec: bits must be 2 to 8, got {self.bits}; use 16 in a recipe to keep floats")
         if self.granularity not in GRANULARITIES:
             raise ValueError(f"QuantSpec: granularity must be one of {GRANULARITIES}, got {self.granularity!r}")
-        if (self.granularity == "group") != (self.group > 0):
-            raise ValueError(f"QuantSpec: granularity {self.granularity!r} does not go with group={self.group}")
+        if self.group < 0 or (self.granularity == "group") != (self.group > 0):
+            raise ValueError(
+                f"QuantSpec: granularity {self.granularity!r} does not go with group={self.group}; "
+                'use granularity "group" with a positive group, or group=0'
+            )
         if self.observer not in OBSERVERS:
             raise ValueError(f"QuantSpec: observer must be one of {OBSERVERS}, got {self.observer!r}")
 
@@ -55,8 +58,9 @@ class Recipe:
     Args:
         weight: For every weight, or None to keep weights in float.
         activation: For the input of every layer, or None to keep activations in float.
-        first_last: Bits of the first and the last layer, weights and activations alike; None treats them as the others.
-        exclude: Name patterns (fnmatch) of layers that stay in float.
+        first_last: Least bits of the first and the last layer, weights and activations alike; None treats them as the
+            others.
+        exclude: Name patterns (fnmatch) of layers that stay in float; one alone may be a plain text.
         overrides: Name pattern to "w2a8"-like widths; the last pattern that matches counts.
 
     Raises:
@@ -70,6 +74,14 @@ class Recipe:
     overrides: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
+        exclude = (self.exclude,) if isinstance(self.exclude, str) else tuple(self.exclude)
+        object.__setattr__(self, "exclude", exclude)
+        object.__setattr__(self, "overrides", dict(self.overrides))
+        if self.first_last not in (None, 2, 3, 4, 5, 6, 7, 8):
+            raise ValueError(
+                f"Recipe: first_last must be 2 to 8 bits or None, got {self.first_last!r}; "
+                "name the layers in exclude to keep them in float"
+            )
         for text in self.overrides.values():
             parse_widths(text)
 
@@ -113,7 +125,7 @@ class Recipe:
 
     def to_json(self) -> dict:
         """Give plain values that `from_json` reads back."""
-        return asdict(self) | {"exclude": list(self.exclude), "overrides": dict(self.overrides)}
+        return asdict(self) | {"exclude": list(self.exclude)}
 
     @classmethod
     def from_json(cls, values: dict) -> "Recipe":

@@ -1,11 +1,13 @@
 """Build models by reference: "timm:NAME", "torchvision:NAME" or "package.module:function"."""
 
 import importlib
+import pickle
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 
 def build_model(reference: str, weights: str | Path | None = None, **options) -> nn.Module:
@@ -23,7 +25,7 @@ def build_model(reference: str, weights: str | Path | None = None, **options) ->
         ValueError: The reference or the file cannot be read, or the weights do not fit.
     """
     source, _, name = reference.partition(":")
-    if not name:
+    if not name or not source or source.startswith("."):
         raise ValueError(
             f'model: wanted "timm:NAME", "torchvision:NAME" or "package.module:function", got {reference!r}'
         )
@@ -57,11 +59,14 @@ def _function(source, name):
 def _load_weights(model, path):
     if not path.is_file():
         raise ValueError(f"weights: there is no file {path}; give a local .safetensors or .pth file")
-    if path.suffix == ".safetensors":
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state.get("model", state))
+    state = _read_state(path)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for name, tensor in state.items():
+        if name in shapes and tensor.shape != shapes[name]:
+            raise ValueError(
+                f"weights: {name} in {path} has shape {tuple(tensor.shape)}, the model wants {tuple(shapes[name])}; "
+                "check the reference and its options"
+            )
     # num_batches_tracked counts training steps, and files written elsewhere may lack it
     missing, unexpected = model.load_state_dict(state, strict=False)
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]
@@ -71,3 +76,19 @@ def _load_weights(model, path):
             f"weights: {path} does not fit the model: {len(missing)} tensors missing, {len(unexpected)} too many, "
             f"{odd} among them; check the reference and its options"
         )
+
+
+def _read_state(path):
+    """Read a state_dict; nothing but tensors and plain values is ever unpickled."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"weights: {path} holds no state_dict that can be read safely ({reason})") from error
+    for key in ("state_dict", "model"):
+        state = state.get(key, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"weights: {path} is no state_dict; save model.state_dict() into a .safetensors or .pth file")
+    return state
