@@ -88,11 +88,17 @@ def reconstruct(
     """
     schedule = schedule or Schedule(**options)
     layers = _layers(model)
-    if not layers or not all(q.ready for q in _quantizers(model)):
-        raise ValueError("reconstruct: the model is not calibrated; call ttaq.prepare and ttaq.calibrate first")
+    _check_ready(model, layers)
     inputs = collect("reconstruct", batches, device_of(model))
     rows = []
-    with evaluating(model), _frozen(model), _restored_on_failure(model), _seeded(schedule.seed, device_of(model)):
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        evaluating(model),
+        _frozen(model),
+        _restored_on_failure(model),
+        _seeded(schedule.seed, device_of(model)),
+    ):
         blocks = find_blocks(model, inputs[0], forward)
         cache = BlockCache(model, inputs, forward)
         with _bar(progress) as bar:
@@ -200,7 +206,8 @@ def layer_sqnr(model: nn.Module, entry, forward: Forward | None = None) -> dict[
                 error = (layer.forward(*args) - output).float().square().sum()
                 for q in quantizers:
                     q.enabled = False
-                found[name] = round(10 * math.log10(output.float().square().sum().item() / max(error.item(), 1e-30)), 2)
+                signal = output.float().square().sum().item()
+                found[name] = round(10 * math.log10(max(signal, 1e-30) / max(error.item(), 1e-30)), 2)
 
         return hook
 
@@ -222,6 +229,17 @@ def _block_loss(model, block, cache, x, targets):
 def _layers(model, block: Block | None = None):
     named = {n: m for n, m in model.named_modules() if isinstance(m, (QuantLinear, QuantConv2d))}
     return named if block is None else {n: named[n] for n in block.layers if n in named}
+
+
+def _check_ready(model, layers):
+    waiting = [name for name, q in model.named_modules() if isinstance(q, Quantizer) and not q.ready]
+    if not layers or len(waiting) == len(_quantizers(model)):
+        raise ValueError("reconstruct: the model is not calibrated; call ttaq.prepare and ttaq.calibrate first")
+    if waiting:
+        raise ValueError(
+            f"reconstruct: {waiting[0]} has no range, because the calibration images never reached it "
+            f"({len(waiting)} such); exclude such layers in the recipe"
+        )
 
 
 def _quantizers(model):
