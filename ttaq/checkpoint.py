@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def save(
         The path.
 
     Raises:
-        ValueError: The model is not packed, or does not compute what a file can hold.
+        ValueError: The model is not packed, or what describes it is not made of plain values.
     """
     report = getattr(model, "ttaq_report", {})
     layers = {name: _describe(name, m) for name, m in model.named_modules() if isinstance(m, _KINDS)}
@@ -58,8 +59,13 @@ def save(
         "layers": layers,
         "report": report,
     }
-    tensors = {name: t.detach().contiguous() for name, t in _tensors(model).items()}
-    text = json.dumps(header, sort_keys=True)
+    tensors = _apart({name: t.detach().contiguous() for name, t in _tensors(model).items()})
+    try:
+        text = json.dumps(header)
+    except TypeError as error:
+        raise ValueError(
+            f"save: the header takes plain values only ({error}); convert preprocessing and classes"
+        ) from None
     metadata = {"ttaq": text, "sha256": _digest(text, tensors)}
     return write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
@@ -78,7 +84,7 @@ def load(path: str | os.PathLike, model: nn.Module, *, device: str | torch.devic
     Raises:
         ValueError: The file is missing, truncated, foreign or changed, or belongs to another architecture.
     """
-    header = read_header(path)
+    header, tensors = _read(path, device)
     if fingerprint(model) != header["fingerprint"]:
         raise ValueError(
             f"load: {path} was made from another architecture than this {type(model).__name__}; "
@@ -87,15 +93,10 @@ def load(path: str | os.PathLike, model: nn.Module, *, device: str | torch.devic
     packed = copy_model(model, share=lambda name, tensor: True)
     for name, described in header["layers"].items():
         replace(packed, name, _build(packed.get_submodule(name), described))
-    with safe_open(path, framework="pt", device=str(device)) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        metadata = file.metadata()
-    if _digest(metadata["ttaq"], tensors) != metadata["sha256"]:
-        raise ValueError(f"load: the contents of {path} do not match their checksum; it was changed, fetch it again")
     _assign(packed, tensors, path)
     for module in packed.modules():
         if isinstance(module, Quantizer):
-            module.ready = True
+            module.ready = not bool(module.scale.isnan().any())
         if hasattr(module, "nonfinite"):
             module.nonfinite = torch.zeros((), dtype=torch.int64, device=device)
     packed.ttaq_report = header["report"]
@@ -108,22 +109,40 @@ def read_header(path: str | os.PathLike) -> dict:
     Raises:
         ValueError: The file is missing, truncated or not one of ours.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"load: there is no file {path}; give the path that ttaq.save wrote")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"load: {path} is truncated or no safetensors file ({error}); fetch it again") from error
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
     if "ttaq" not in metadata or "sha256" not in metadata:
         raise ValueError(f"load: {path} is a safetensors file that ttaq.save did not write; give a ttaq checkpoint")
     try:
         header = json.loads(metadata["ttaq"])
     except json.JSONDecodeError as error:
         raise ValueError(f"load: the header of {path} was changed ({error}); fetch it again") from error
-    if header.get("format") != FORMAT:
-        raise ValueError(f"load: {path} has format {header.get('format')}, this version reads {FORMAT}; upgrade ttaq")
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        found = header.get("format") if isinstance(header, dict) else None
+        raise ValueError(f"load: {path} has format {found}, this version reads {FORMAT}; upgrade ttaq")
     return header
+
+
+def _read(path, device):
+    """Read a checkpoint whole, and check it against its checksum before anything in it is believed."""
+    header = read_header(path)
+    with _opened(path, device) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    if _digest(metadata["ttaq"], tensors) != metadata["sha256"]:
+        raise ValueError(f"load: the contents of {path} do not match their checksum; it was changed, fetch it again")
+    return header, tensors
+
+
+@contextmanager
+def _opened(path, device="cpu"):
+    if not Path(path).is_file():
+        raise ValueError(f"load: there is no file {path}; give the path that ttaq.save wrote")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"load: {path} is truncated or no safetensors file ({error}); fetch it again") from error
 
 
 def _describe(name, module):
@@ -153,6 +172,16 @@ def _tensors(model):
     """Name every tensor once, buffers that state_dict leaves out included; counters of bad inputs are not state."""
     named = dict(model.named_parameters()) | dict(model.named_buffers())
     return {name: t for name, t in named.items() if name.rpartition(".")[2] != "nonfinite"}
+
+
+def _apart(tensors):
+    """Copy tensors that share memory with one before them: a file holds each by itself."""
+    held = set()
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if place in held else tensor
+        held.add(place)
+    return tensors
 
 
 def _assign(model, tensors, path):
