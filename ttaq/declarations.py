@@ -82,12 +82,14 @@ PACKED_LINEAR_BACKWARD = declare(
 PACKED_CONV2D = declare(
     "packed_conv2d(Tensor x, Tensor words, Tensor scale, Tensor zero, Tensor? bias, int bits, Tensor? x_scale,"
     f" Tensor? x_zero, int x_bits, {_CONV}, ScalarType dtype) -> Tensor",
+    Implementation("triton", pc.launch, gpu(pc.refuses)),
     Implementation("reference", pc.reference, never),
     fake=pc.fake,
 )
 PACKED_CONV2D_BACKWARD = declare(
     "packed_conv2d_backward(Tensor grad, Tensor words, Tensor scale, Tensor zero, int bits, int[] input_shape,"
     f" {_CONV}) -> Tensor",
+    Implementation("triton", pc.launch_backward, gpu(pc.refuses_backward)),
     Implementation("reference", pc.reference_backward, never),
     fake=lambda grad, words, scale, zero, bits, input_shape, *_: grad.new_empty(input_shape),
 )
