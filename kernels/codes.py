@@ -78,12 +78,26 @@ def stored_codes(words, bits, k):
     return words if words.shape[-1] == k else unpack_reference(words, bits, k)
 
 
-def exact_dtype(terms: int, *bits: int) -> torch.dtype:
-    """Choose the float type in which a sum of `terms` products of codes of the given widths is exact."""
-    largest = terms
-    for b in bits:
-        largest *= (1 << b) - 1
-    return torch.float32 if largest < 1 << 24 else torch.float64
+def exact_product(multiply, x, weight, terms: int, x_bits: int, bits: int):
+    """Multiply centred codes with exact sums, rounded once to float32.
+
+    In float32 where every sum of `terms` products stays below 2^24; else with the weight in two parts of at most 16, at
+    a third of the price of float64; in float64 beyond.
+
+    Args:
+        multiply: Linear in both arguments, such as a matrix product or a convolution.
+        x: Codes minus their zero, float32.
+        weight: Likewise.
+        terms: Products in one sum.
+        x_bits: Width of the codes behind `x`, and so `bits` behind `weight`; zeros lie among the codes.
+    """
+    largest = terms * ((1 << x_bits) - 1)
+    if largest * ((1 << bits) - 1) < 1 << 24:
+        return multiply(x, weight)
+    if largest * 16 < 1 << 24:
+        high = torch.floor(weight / 16)
+        return (multiply(x, high).double() * 16 + multiply(x, weight - high * 16)).float()
+    return multiply(x.double(), weight.double()).float()
 
 
 def refuses_sum(terms: int, bits: int, x_bits: int) -> str | None:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ._tiles import activation_operand, exact_sum, gather_codes, load_codes, weight_operand, without_autocast
 from ._triton import jit, tl, triton
-from .codes import exact_dtype, refuses_sum, refuses_words, stored_codes
+from .codes import exact_product, refuses_sum, refuses_words, stored_codes
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -26,12 +26,12 @@ def reference(
         weight = dequantise(words, scale, zero, bits, shape).to(x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
         return layout.copy_(F.conv2d(x, weight, bias, *geometry[1:]))
-    exact = exact_dtype(per_group * kernel_size[0] * kernel_size[1], bits, x_bits)
-    codes = stored_codes(words, bits, shape[1] * shape[2] * shape[3])
-    weight = (codes.to(exact) - zero.unsqueeze(-1)).reshape(shape)
+    terms = shape[1] * shape[2] * shape[3]
+    weight = (stored_codes(words, bits, terms).float() - zero.unsqueeze(-1)).reshape(shape)
     with torch.backends.cudnn.flags(enabled=False):  # Winograd and TF32 sums of integers are not exact
-        sums = F.conv2d(x.to(exact) - x_zero, weight, None, *geometry[1:])
-    y = sums.float() * (x_scale * scale).reshape(-1, 1, 1)
+        convolve = lambda x, weight: F.conv2d(x, weight, None, *geometry[1:])  # noqa: E731
+        sums = exact_product(convolve, x.float() - x_zero, weight, terms, x_bits, bits)
+    y = sums * (x_scale * scale).reshape(-1, 1, 1)
     return layout.copy_(y if bias is None else y + bias.float().reshape(-1, 1, 1))
 
 

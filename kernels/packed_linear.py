@@ -7,10 +7,11 @@ Float activations: ``y = x @ ((code - zero) * scale).T + bias``. Activation code
 import math
 
 import torch
+from torch.nn import functional as F
 
 from ._tiles import activation_operand, exact_sum, load_codes, weight_operand, without_autocast
 from ._triton import jit, tl, triton
-from .codes import exact_dtype, refuses_sum, refuses_words, stored_codes
+from .codes import exact_product, refuses_sum, refuses_words, stored_codes
 
 
 @without_autocast
@@ -19,18 +20,19 @@ def reference(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits,
     k = x.shape[-1]
     if x_scale is None:
         weight = dequantise(words, scale, zero, bits, group, k).to(x.dtype)
-        return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype)).to(dtype)
-    exact = exact_dtype(group or k, bits, x_bits)
-    x = x.to(exact) - x_zero.unsqueeze(-1)
-    weight = stored_codes(words, bits, k).to(exact)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype)).to(dtype)
+    x = x.float() - x_zero.unsqueeze(-1)
+    weight = stored_codes(words, bits, k).float()
     step = x_scale.unsqueeze(-1)
     if group == 0:
-        y = (x @ (weight - zero.unsqueeze(-1)).T).float() * (step * scale)
+        weight = weight - zero.unsqueeze(-1)
+        y = exact_product(F.linear, x, weight, k, x_bits, bits) * (step * scale)
     else:
         y = torch.zeros(*x.shape[:-1], words.shape[0], device=x.device)
         for g in range(k // group):
             part = slice(g * group, (g + 1) * group)
-            y = y + (x[..., part] @ (weight[:, part] - zero[:, g, None]).T).float() * (step * scale[:, g])
+            sums = exact_product(F.linear, x[..., part], weight[:, part] - zero[:, g, None], group, x_bits, bits)
+            y = y + sums * (step * scale[:, g])
     return (y if bias is None else y + bias.float()).to(dtype)
 
 

@@ -4,7 +4,7 @@ import torch
 
 from .declarations import RAW
 from .dispatch import without_autocast
-from .kernels.codes import exact_dtype
+from .kernels.codes import exact_product
 
 
 class FakeQuant(torch.autograd.Function):
@@ -80,11 +80,11 @@ class QuantizedMatmul(torch.autograd.Function):
     def forward(ctx, a, b, a_scale, a_zero, b_scale, b_zero, a_bits, b_bits):
         ctx.save_for_backward(a, b, a_scale, a_zero, b_scale, b_zero)
         ctx.widths = (a_bits, b_bits)
-        exact = exact_dtype(a.shape[-1], a_bits, b_bits)
-        left = _activation_codes(a, a_scale, a_zero, a_bits)[0].to(exact) - a_zero
-        right = _activation_codes(b, b_scale, b_zero, b_bits)[0].to(exact) - b_zero
+        left = _activation_codes(a, a_scale, a_zero, a_bits)[0].float() - a_zero
+        right = _activation_codes(b, b_scale, b_zero, b_bits)[0].float() - b_zero
         with without_autocast(a.device.type):
-            return ((left @ right).float() * (a_scale * b_scale)).to(a.dtype)
+            sums = exact_product(torch.matmul, left, right, a.shape[-1], a_bits, b_bits)
+            return (sums * (a_scale * b_scale)).to(a.dtype)
 
     @staticmethod
     def backward(ctx, grad):
