@@ -93,11 +93,13 @@ def exact_product(multiply, x, weight, terms: int, x_bits: int, bits: int):
     """
     largest = terms * ((1 << x_bits) - 1)
     if largest * ((1 << bits) - 1) < 1 << 24:
-        return multiply(x, weight)
-    if largest * 16 < 1 << 24:
+        sums = multiply(x, weight)
+    elif largest * 16 < 1 << 24:
         high = torch.floor(weight / 16)
-        return (multiply(x, high).double() * 16 + multiply(x, weight - high * 16)).float()
-    return multiply(x.double(), weight.double()).float()
+        sums = multiply(x, high).double() * 16 + multiply(x, weight - high * 16)
+    else:
+        sums = multiply(x.double(), weight.double())
+    return sums.float() + 0.0  # an integer has no negative zero
 
 
 def refuses_sum(terms: int, bits: int, x_bits: int) -> str | None:

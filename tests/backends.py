@@ -1,5 +1,7 @@
 """Run an op on one backend, and compare bit for bit."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from cases import cases
@@ -41,6 +43,14 @@ def run(op: str, backend: str, args: tuple):
         if reason is not None:
             pytest.skip(f"{op}: {backend} refuses: {reason}")
         return getattr(RAW, op)(*args)
+
+
+def everywhere(op: str, *args) -> Iterator[tuple[str, object]]:
+    """Yield (backend, output) for every implementation of `op` that does not refuse."""
+    for implementation in dispatch.OPS[op].implementations:
+        with dispatch.backend(implementation.name):
+            if implementation.refuses(*args) is None:
+                yield implementation.name, getattr(RAW, op)(*args)
 
 
 def assert_same(got: torch.Tensor, wanted: torch.Tensor):

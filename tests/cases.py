@@ -8,9 +8,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-
-FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-Samples = Iterator[tuple[str, tuple]]
+from packed_cases import (
+    FLOATS,
+    Samples,
+    packed_conv2d,
+    packed_conv2d_backward,
+    packed_linear,
+    packed_linear_backward,
+)
+from ttaq.kernels import codes as cd
 
 
 @dataclass(frozen=True)
@@ -127,9 +133,45 @@ def soft_round_backward() -> Samples:
         yield name, (grad, torch.tensor(0.37), w, v, *rest)
 
 
+def quantize_codes() -> Samples:
+    for name, (x, scale, zero, _, _, axis, group) in fake_quant():
+        yield name, (x, scale, zero, 0, 15, axis, group)
+        if name in ("columns-f32", "groups-bf16-learned_zero"):
+            yield f"{name}-8_bits", (x, scale / 16, zero * 16, 0, 255, axis, group)
+
+
+def pack_codes() -> Samples:
+    random = torch.Generator().manual_seed(15)
+    for bits in cd.PACKABLE:
+        for shape in ((3, 16), (5, 7), (2, 3, 11), (4, 1), (13,), (3, 0), (0, 5), (40, 67)):
+            codes = torch.randint(0, 1 << bits, shape, dtype=torch.uint8, generator=random)
+            yield f"{bits}_bits-{'x'.join(map(str, shape))}", (codes, bits)
+        codes = torch.randint(0, 1 << bits, (9, 14), dtype=torch.uint8, generator=random)
+        yield f"{bits}_bits-transposed", (codes.T, bits)
+        yield f"{bits}_bits-slice", (codes[:, 1::2], bits)
+        yield f"{bits}_bits-highest", (torch.full((2, 9), (1 << bits) - 1, dtype=torch.uint8), bits)
+
+
+def unpack_codes() -> Samples:
+    for name, (codes, bits) in pack_codes():
+        words = cd.pack_reference(codes, bits)
+        yield name, (words, bits, codes.shape[-1])
+        if name.endswith("5x7"):
+            wide = torch.full((words.shape[0], words.shape[1] + 3), 0xA5, dtype=torch.uint8)
+            wide[:, 2:-1] = words
+            yield f"{bits}_bits-words_in_a_slice", (wide[:, 2:-1], bits, codes.shape[-1])
+
+
 SAMPLES: dict[str, Callable[[], Samples]] = {
     "fake_quant": fake_quant,
     "fake_quant_backward": fake_quant_backward,
     "soft_round": soft_round,
     "soft_round_backward": soft_round_backward,
+    "quantize_codes": quantize_codes,
+    "pack_codes": pack_codes,
+    "unpack_codes": unpack_codes,
+    "packed_linear": packed_linear,
+    "packed_linear_backward": packed_linear_backward,
+    "packed_conv2d": packed_conv2d,
+    "packed_conv2d_backward": packed_conv2d_backward,
 }

@@ -29,9 +29,28 @@ def _round_to_bfloat16_as_hardware_does():
     interpreter._convert_float = convert
 
 
+def _multiply_bfloat16_as_numbers():
+    """Widen the operands of the interpreter's tl.dot, which multiplies the bit patterns of bfloat16."""
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    original = interpreter.InterpreterBuilder.create_dot
+
+    def widen(operand):
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        return interpreter.TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def dot(builder, a, b, *rest):
+        return original(builder, widen(a), widen(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = dot
+
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     try:
         _round_to_bfloat16_as_hardware_does()
+        _multiply_bfloat16_as_numbers()
     except ImportError:
         del os.environ["TRITON_INTERPRET"]  # there is no Triton here: nothing is interpreted
 
