@@ -196,6 +196,7 @@ class PackedLinear(_PackedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., K) to (..., N)."""
+        _check_inputs("PackedLinear", x, -1, self.in_features)
         grid = _activation_grid(self.input_quantizer, x)
         y, count = ops.packed_linear(
             x, self.words, self.scale, self.zero, self.bias, bits=self.spec.bits, group=self.spec.group, **grid
@@ -236,6 +237,7 @@ class PackedConv2d(_PackedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, O, H', W')."""
+        _check_inputs("PackedConv2d", x, -3, self.in_channels)
         x, padding = _pad(self, x)
         grid = _activation_grid(self.input_quantizer, x)
         y, count = ops.packed_conv2d(
@@ -272,6 +274,12 @@ def _pad(layer, x):
     if left == right and top == bottom:
         return x, (top, left)
     return F.pad(x, (left, right, top, bottom)), (0, 0)
+
+
+def _check_inputs(kind, x, axis, wanted):
+    """Refuse another number of inputs: the bytes of a packed row could be read as codes of a shorter one."""
+    if x.ndim < -axis or x.shape[axis] != wanted:
+        raise ValueError(f"{kind}: axis {axis} of the input must hold {wanted}, got {tuple(x.shape)}; check the layer")
 
 
 def _counted(layer, y, count):

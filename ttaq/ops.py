@@ -237,6 +237,12 @@ def packed_conv2d(
     _check_words(
         "packed_conv2d", x, words, scale, bits, x.shape[1] // groups * kernel_size[0] * kernel_size[1], words.shape[:1]
     )
+    spans = zip(x.shape[2:], padding, dilation, kernel_size, strict=True)
+    if any(size + 2 * p < d * (k - 1) + 1 for size, p, d, k in spans):
+        raise ValueError(
+            f"packed_conv2d: the kernel {tuple(kernel_size)} must fit into the padded input, got {tuple(x.shape)} "
+            f"with padding {tuple(padding)} and dilation {tuple(dilation)}; pass larger images"
+        )
     geometry = (list(kernel_size), list(stride), list(padding), list(dilation), groups)
     return PackedConv2d.apply(x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, *geometry)
 
@@ -255,7 +261,16 @@ def quantized_matmul(
 
     Returns:
         (..., M, N), dtype of `a`.
+
+    Raises:
+        ValueError: The operands do not fit, or are on several devices.
     """
+    _check_devices("quantized_matmul", a, b, a_scale, b_scale)
+    if min(a.ndim, b.ndim) < 2 or a.shape[-1] != b.shape[-2]:
+        raise ValueError(
+            f"quantized_matmul: wanted (..., M, K) and (..., K, N), got {tuple(a.shape)} and {tuple(b.shape)}; "
+            "transpose one or check K"
+        )
     return QuantizedMatmul.apply(a, b, a_scale, a_zero, b_scale, b_zero, a_bits, b_bits)
 
 
@@ -263,12 +278,17 @@ def _learns(*tensors):
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
+def _check_devices(op, x, *held):
+    for tensor in held:
+        if tensor.device != x.device:
+            raise ValueError(
+                f"{op}: x is on {x.device}, what it meets on {tensor.device}; move one with .to({str(x.device)!r})"
+            )
+
+
 def _check_scales(op, x, scale, zero, axis, group):
     """Raise one sentence when the scales do not fit; return the axis as a non-negative number or None."""
-    if scale.device != x.device or zero.device != x.device:
-        raise ValueError(
-            f"{op}: x is on {x.device}, its scale on {scale.device}; move the layer with .to({str(x.device)!r})"
-        )
+    _check_devices(op, x, scale, zero)
     if group:
         if x.shape[-1] % group:
             raise ValueError(
@@ -298,10 +318,7 @@ def _check_packable(op, codes, bits):
 
 
 def _check_words(op, x, words, scale, bits, k, scales):
-    if words.device != x.device:
-        raise ValueError(
-            f"{op}: x is on {x.device}, the weight on {words.device}; move one with .to({str(x.device)!r})"
-        )
+    _check_devices(op, x, words, scale)
     if words.shape[-1] not in (k, cd.row_bytes(k, bits)):
         raise ValueError(
             f"{op}: {k} inputs of {bits} bits need rows of {cd.row_bytes(k, bits)} bytes, got {words.shape[-1]}; "
