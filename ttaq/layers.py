@@ -46,6 +46,11 @@ class _QuantLayer:
         quantizer = self.weight_quantizer
         return self.training or quantizer is None or not quantizer.active or quantizer.rounding is not None
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if self.weight_quantizer is not None and prefix + "weight" in state_dict:
+            self.weight_quantizer.codes = None  # those of the old weight; the state may bring its own
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _float_operands(self, x):
         x = x if self.input_quantizer is None else self.input_quantizer(x)
         return x, self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)

@@ -88,9 +88,11 @@ class ActivationQuantizer(Quantizer):
             self.set_range(torch.ones(()), torch.zeros(()))
 
     def sample(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw some thousand values of `x`, float32, its extremes among them."""
+        """Draw some thousand values of `x`, float32, its extremes among them; all where there are no more."""
         flat = x.detach().float().flatten()
-        picked = torch.randint(flat.numel(), (min(_SAMPLE, flat.numel()),), generator=generator)
+        if flat.numel() <= _SAMPLE:
+            return flat
+        picked = torch.randint(flat.numel(), (_SAMPLE,), generator=generator)
         return torch.cat([flat[picked.to(flat.device)], flat.min()[None], flat.max()[None]])
 
     def fit(self, values: Tensor) -> None:
@@ -103,7 +105,7 @@ class ActivationQuantizer(Quantizer):
         if self.spec.granularity == "token":
             return dynamic_range(x, self.spec)
         if not self.ready:
-            self.fit(x)
+            self.fit(self.sample(x, torch.Generator().manual_seed(0)))
         return self.scale, self.zero.int()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -181,8 +183,7 @@ class WeightQuantizer(Quantizer):
         self.rounding = None
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        weight = prefix.removesuffix("weight_quantizer.") + "weight"
-        if prefix + "scale" in state_dict or weight in state_dict:  # a new grid or a new weight ends the old codes
+        if prefix + "scale" in state_dict:
             codes = state_dict.get(prefix + "codes")
             self.codes = None if codes is None else codes.to(self.scale.device, copy=True)
         super()._load_from_state_dict(state_dict, prefix, *args)
