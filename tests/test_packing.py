@@ -149,7 +149,8 @@ def test_a_model_that_is_not_calibrated_is_refused():
     assert_unchanged(model, before)
 
 
-def test_a_layer_that_calibration_never_reached_is_refused_by_name():
+@pytest.mark.parametrize("recipe", ["w4a4", "w4a16", Recipe.parse("w4a4", token=True)], ids=str)
+def test_a_layer_that_calibration_never_reached_is_refused_by_name(recipe):
     class Idle(nn.Module):
         def __init__(self):
             super().__init__()
@@ -158,11 +159,13 @@ def test_a_layer_that_calibration_never_reached_is_refused_by_name():
         def forward(self, x):
             return self.b(self.a(x).relu())
 
-    model = ttaq.prepare(Idle(), "w4a4")
-    assert ttaq.calibrate(model, [torch.randn(8, 4)])["calibration"]["unseen"] == ["aside.input_quantizer"]
+    model = ttaq.prepare(Idle(), recipe)
+    assert ttaq.calibrate(model, [torch.randn(8, 4)])["calibration"]["unseen"] == ["aside"]
     with pytest.raises(ValueError, match=r"^pack: layer aside: "):
         ttaq.pack(model)
-    with pytest.raises(ValueError, match=r"^reconstruct: aside.input_quantizer has no range.*exclude"):
+    with pytest.raises(
+        ValueError, match=r"^reconstruct: layer aside has no ranges, .*; exclude such layers in the recipe$"
+    ):
         ttaq.reconstruct(model, [torch.randn(8, 4)], steps=1, progress=False)
     kept = ttaq.prepare(Idle(), Recipe.parse("w4a4", exclude="aside"))
     ttaq.calibrate(kept, [torch.randn(8, 4)])

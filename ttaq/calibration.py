@@ -7,12 +7,12 @@ from torch import nn
 
 from .batches import Forward, call, collect
 from .layers import QuantConv2d, QuantLinear
-from .quantizers import ActivationQuantizer, disabled
+from .quantizers import ActivationQuantizer, Quantizer, disabled
 from .surgery import device_of, evaluating
 
 
 def calibrate(model: nn.Module, batches: Iterable, *, forward: Forward | None = None, seed: int = 0) -> dict:
-    """Choose the range of every weight, and of every activation that the float model shows on `batches`.
+    """Choose the range of every weight and of every activation that the float model uses on `batches`.
 
     Args:
         model: A prepared model; its scales are set in place, nothing else changes.
@@ -21,26 +21,27 @@ def calibrate(model: nn.Module, batches: Iterable, *, forward: Forward | None = 
         seed: Of the values that are sampled from each activation.
 
     Returns:
-        `model.ttaq_report`, with the number of images under "calibration".
+        `model.ttaq_report`, with the number of images under "calibration", and "unseen", the layers that no image
+        reached: they have no ranges, and `reconstruct` and `pack` refuse them by name.
 
     Raises:
         ValueError: Nothing to calibrate, no images, NaN in them, or NaN in an activation, named.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (QuantLinear, QuantConv2d))}
-    quantizers = {n: m for n, m in model.named_modules() if isinstance(m, ActivationQuantizer)}
+    quantizers = {n: m for n, m in model.named_modules() if isinstance(m, Quantizer)}
     if not layers and not quantizers:
         raise ValueError("calibrate: the model has no quantised layers; call ttaq.prepare first")
     inputs = collect("calibrate", batches, device_of(model))
     for name, layer in layers.items():
         if not torch.isfinite(layer.weight).all():
             raise ValueError(f"calibrate: the weight of {name} holds NaN or infinite values; load sound weights first")
-    samples = _observe(model, inputs, quantizers, forward, seed)
+    samples, reached = _observe(model, inputs, quantizers, forward, seed)
     for layer in layers.values():
-        if layer.weight_quantizer is not None:
+        if layer.weight_quantizer in reached:
             layer.weight_quantizer.fit(layer.weight)
     for name, values in samples.items():
         quantizers[name].fit(values)
-    unseen = [n for n, q in quantizers.items() if n not in samples and q.spec.granularity == "tensor"]
+    unseen = sorted({name.rpartition(".")[0] for name, q in quantizers.items() if q not in reached})
     report = model.ttaq_report = getattr(model, "ttaq_report", {})
     report["calibration"] = {"images": sum(_length(entry) for entry in inputs), "unseen": unseen}
     return report
@@ -48,12 +49,17 @@ def calibrate(model: nn.Module, batches: Iterable, *, forward: Forward | None = 
 
 @torch.no_grad()
 def _observe(model, inputs, quantizers, forward, seed):
-    """Run the float model and gather a sample of the values that reach each quantiser."""
+    """Run the float model; gather a sample of the values that reach each activation, and all quantisers reached."""
     generator = torch.Generator().manual_seed(seed)
-    samples = {name: [] for name in quantizers}
+    samples, reached = {}, set()
 
     def watch(name):
-        return lambda module, args: samples[name].append(module.sample(args[0], generator))
+        def hook(quantizer, args):
+            reached.add(quantizer)
+            if isinstance(quantizer, ActivationQuantizer):
+                samples.setdefault(name, []).append(quantizer.sample(args[0], generator))
+
+        return hook
 
     hooks = [quantizer.register_forward_pre_hook(watch(name)) for name, quantizer in quantizers.items()]
     try:
@@ -63,11 +69,11 @@ def _observe(model, inputs, quantizers, forward, seed):
     finally:
         for hook in hooks:
             hook.remove()
-    gathered = {name: torch.cat(parts) for name, parts in samples.items() if parts}
+    gathered = {name: torch.cat(parts) for name, parts in samples.items()}
     for name, values in gathered.items():
         if not torch.isfinite(values).all():
             raise ValueError(f"calibrate: the input of {name} holds NaN or infinite values; check the model's weights")
-    return gathered
+    return gathered, reached
 
 
 def _length(entry):

@@ -307,5 +307,8 @@ def _packed_specs(recipe):
 def _ready_specs(layer):
     quantizers = [q for q in (layer.weight_quantizer, layer.input_quantizer) if q is not None]
     if not all(q.ready or q.auto for q in quantizers[:1]) or not all(q.ready for q in quantizers[1:]):
-        raise ValueError("pack: the layer has no calibrated ranges; run ttaq.calibrate, or the layer once, first")
+        raise ValueError(
+            "pack: the layer has no calibrated ranges; run ttaq.calibrate, or the layer once, first, "
+            "and exclude a layer that is never reached in the recipe"
+        )
     return _packed_specs(tuple(q and q.spec for q in (layer.weight_quantizer, layer.input_quantizer)))

@@ -237,8 +237,8 @@ def _check_ready(model, layers):
         raise ValueError("reconstruct: the model is not calibrated; call ttaq.prepare and ttaq.calibrate first")
     if waiting:
         raise ValueError(
-            f"reconstruct: {waiting[0]} has no range, because the calibration images never reached it "
-            f"({len(waiting)} such); exclude such layers in the recipe"
+            f"reconstruct: layer {waiting[0].rpartition('.')[0]} has no ranges, because calibration never reached it; "
+            "exclude such layers in the recipe"
         )
 
 
