@@ -40,7 +40,7 @@ class Schedule:
         seed: Of the order of images and of what is dropped.
     """
 
-    steps: int = 2000
+    steps: int = 1000
     batch_size: int = 32
     rounding: str = "adaround"
     rounding_lr: float = 3e-3
