@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m bench run|compare|report|memory`, rows in results/<machine>.csv, as README.md explains."""

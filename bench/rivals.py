@@ -1,0 +1,66 @@
+"""What ours is compared with: the same computation as a user of torch would write it, or torch's own op."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+ZETA, GAMMA = 1.2, -0.1  # the stretch of the rectified sigmoid
+
+
+def lsq(x: Tensor, scale: Tensor, zero: Tensor, *, qmin: int, qmax: int, axis: int | None, group: int) -> Tensor:
+    """Compose learned step size quantisation (arXiv:1902.08153) of torch ops; autograd differentiates it."""
+    wide, scale, zero = _aligned(x.float(), scale, zero, axis, group)
+    ratio = wide / scale
+    code = torch.clamp(ratio + (torch.round(ratio) - ratio).detach() + zero, qmin, qmax)
+    return ((code - zero) * scale).reshape(x.shape).to(x.dtype)
+
+
+def learnable(x: Tensor, scale: Tensor, zero: Tensor, *, qmin: int, qmax: int, axis: int | None, group: int) -> Tensor:
+    """Call torch's own learnable fake quantisation, which takes float32; groups become channels of a flat view."""
+    wide, zero = x.float(), zero.float()
+    if group:
+        rows = wide.reshape(-1, group)
+        scales = scale.reshape(-1), zero.reshape(-1)
+        y = torch._fake_quantize_learnable_per_channel_affine(rows, *scales, 0, qmin, qmax, 1.0).reshape(x.shape)
+    elif axis is None:
+        scales = scale.reshape(1), zero.reshape(1)
+        y = torch._fake_quantize_learnable_per_tensor_affine(wide, *scales, qmin, qmax, 1.0)
+    else:
+        y = torch._fake_quantize_learnable_per_channel_affine(wide, scale, zero, axis, qmin, qmax, 1.0)
+    return y.to(x.dtype)
+
+
+def soft_round(w: Tensor, v: Tensor, scale: Tensor, zero: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """Compose AdaRound (arXiv:2004.10568) of torch ops, one scale a row, 4 bits."""
+    _, scale, zero = _aligned(w, scale, zero, 0, 0)
+    h = torch.clamp(torch.sigmoid(v) * ZETA + GAMMA, 0, 1)
+    code = torch.clamp(torch.floor(w / scale) + h + zero, 0, 15)
+    return (code - zero) * scale, (1 - (2 * h - 1).abs().pow(beta)).sum()
+
+
+def codes(x: Tensor, scale: Tensor, zero: Tensor, *, qmax: int, axis: int | None, group: int) -> Tensor:
+    """Compose the quantisation to codes of torch ops; it counts no bad inputs."""
+    wide, scale, zero = _aligned(x.float(), scale, zero, axis, group)
+    return torch.clamp(torch.round(wide / scale) + zero, 0, qmax).to(torch.uint8).reshape(x.shape)
+
+
+def quantize_per_tensor(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Call torch's own quantisation to 8 bits."""
+    return torch.quantize_per_tensor(x.float(), scale, zero, torch.quint8).int_repr()
+
+
+def compiled(function: Callable) -> Callable:
+    """Compile a rival for the sizes that it is called with."""
+    return torch.compile(lambda *args: function(*args), dynamic=False)
+
+
+def _aligned(x, scale, zero, axis, group):
+    """Shape x and its scales so that they broadcast."""
+    if group:
+        return x.unflatten(-1, (-1, group)), scale.unsqueeze(-1), zero.unsqueeze(-1)
+    if axis is None:
+        return x, scale, zero
+    shape = [1] * x.ndim
+    shape[axis] = -1
+    return x, scale.reshape(shape), zero.reshape(shape)

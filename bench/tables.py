@@ -1,0 +1,94 @@
+"""Tables made from rows: what the README shows, and one commit against another. Losses are said in words."""
+
+from collections.abc import Iterable
+from itertools import groupby
+
+from .rows import Row
+
+Tables = dict[tuple[str, str], list[Row]]
+
+
+def report(rows: list[Row]) -> str:
+    """Lay the rows out as Markdown: a table for each machine and op, a line for each case, a column for each rival."""
+    parts = []
+    for (machine, op), found in _grouped(rows, lambda r: (r.machine, r.op)).items():
+        rivals = list(dict.fromkeys(r.rival for r in found if r.rival))
+        lines = [f"### {op} on {machine}", "", _origin(found), ""]
+        heads = ["case", "dtype", "backend", "median", "GB/s", "of the ceiling", *(f"against {r}" for r in rivals)]
+        lines += [_line(heads), _line(["---"] * len(heads))]
+        for line in _grouped(found, lambda r: r.key[:-1]).values():
+            lines.append(_line(_cells(line, rivals)))
+        parts.append("\n".join([*lines, "", _tally(found)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def compare(before: list[Row], after: list[Row]) -> str:
+    """Lay out what two commits took for the same cases on the same machine.
+
+    The share of the ceiling was measured within each run and so survives a busy machine, which the times do not.
+    """
+    old = {r.key[:-1]: r for r in before}
+    heads = ["op", "case", "dtype", "backend", "before", "after", "speed", "of the ceiling before", "after"]
+    lines = [_line(heads), _line(["---"] * len(heads))]
+    new = {r.key[:-1]: r for r in after}
+    for key in [k for k in new if k in old]:
+        b, a = old[key], new[key]
+        shares = [_percent(b.percent_of_roofline), _percent(a.percent_of_roofline)]
+        times = [_time(b.p50_us), _time(a.p50_us)]
+        lines.append(_line([a.op, a.case, a.dtype, a.backend, *times, _ratio(b.p50_us / a.p50_us), *shares]))
+    missing = len(old.keys() - new.keys()), len(new.keys() - old.keys())
+    lines += ["", f"{len(lines) - 2} cases in both, {missing[0]} only before, {missing[1]} only after."]
+    return "\n".join(lines) + "\n"
+
+
+def summary(rows: list[Row]) -> str:
+    """Say in one line what one case took, against all its rivals."""
+    row = rows[-1]
+    against = [f"{_ratio(r.ratio)} ({r.rival})" for r in rows if r.ratio is not None]
+    took = f"{row.op}, {row.case}, {row.dtype}, {row.backend}: {_time(row.p50_us)}"
+    return "; ".join([f"{took}, {_percent(row.percent_of_roofline)} of the ceiling", *against])
+
+
+def _grouped(rows: Iterable[Row], key) -> dict:
+    found = {}
+    for value, part in groupby(rows, key):
+        found.setdefault(value, []).extend(part)
+    return found
+
+
+def _origin(rows):
+    last = rows[-1]
+    versions = [f"torch {last.torch}"]
+    versions += [f"triton {last.triton}"] if last.cuda and last.triton else []
+    versions += [f"CUDA {last.cuda}, driver {last.driver}"] if last.cuda else []
+    commits = dict.fromkeys(row.commit + ("" if row.dirty == "no" else " with changes") for row in rows)
+    return f"{', '.join(versions)}; commit {', '.join(commits)}."
+
+
+def _cells(line, rivals):
+    row, ratios = line[-1], {r.rival: r.ratio for r in line}
+    against = [_ratio(ratios[r]) if ratios.get(r) is not None else "-" for r in rivals]
+    rate = f"{row.gbps:.3g}"
+    return [row.case, row.dtype, row.backend, _time(row.p50_us), rate, _percent(row.percent_of_roofline), *against]
+
+
+def _tally(rows):
+    ratios = [r.ratio for r in rows if r.ratio is not None]
+    lost = sum(ratio < 1 for ratio in ratios)
+    return f"{lost} of {len(ratios)} comparisons are losses."
+
+
+def _ratio(value):
+    return f"{value:.3g}x" if value >= 1 else f"{value:.2g}x, a loss"
+
+
+def _time(microseconds):
+    return f"{microseconds / 1000:.3g} ms" if microseconds >= 1000 else f"{microseconds:.3g} µs"
+
+
+def _percent(value):
+    return "-" if value is None else f"{value:.3g} %"
+
+
+def _line(cells):
+    return f"| {' | '.join(cells)} |"
