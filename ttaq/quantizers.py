@@ -84,8 +84,8 @@ class ActivationQuantizer(Quantizer):
             raise ValueError(f'activations: granularity must be "tensor" or "token", got {spec.granularity!r}')
         super().__init__(spec, (), auto, device)
         self.drop = 0.0
-        if spec.granularity == "token":
-            self.set_range(torch.ones(()), torch.zeros(()))
+        if auto and spec.granularity == "token":
+            self.fit(self.scale)
 
     def sample(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Draw some thousand values of `x`, float32, its extremes among them; all where there are no more."""
@@ -96,8 +96,10 @@ class ActivationQuantizer(Quantizer):
         return torch.cat([flat[picked.to(flat.device)], flat.min()[None], flat.max()[None]])
 
     def fit(self, values: Tensor) -> None:
-        """Choose the range for these values, any shape."""
-        if self.spec.granularity == "tensor":
+        """Choose the range for these values, any shape; per token there is nothing to choose."""
+        if self.spec.granularity == "token":
+            self.set_range(torch.ones(()), torch.zeros(()))
+        else:
             self.set_range(*choose_range(values.detach().reshape(1, -1), self.spec))
 
     def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
