@@ -125,8 +125,9 @@ def test_disabled_ends_with_an_error_too():
 
 
 def test_tokens_are_measured_anew():
-    quantizer = ActivationQuantizer(QuantSpec(8, "token"))
+    quantizer = ActivationQuantizer(QuantSpec(8, "token"), auto=True)
     assert quantizer.ready
+    assert not ActivationQuantizer(QuantSpec(8, "token")).ready
     x = torch.randn(2, 3, 40) * torch.tensor([1e-3, 1.0, 1e3])[:, None]
     error = (quantizer(x) - x).abs().amax(-1)
     assert (error <= (x.amax(-1) - x.amin(-1)) / 255 * 1.01).all()
