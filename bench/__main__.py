@@ -1,4 +1,4 @@
-"""`python -m bench run|compare|report|memory`."""
+"""`python -m bench run|compare|report|accuracy|memory`."""
 
 import argparse
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import machine, memory, rows, tables
+from . import accuracy, machine, memory, rows, tables
 from .cases import CASES, cases
 from .measure import measure
 
@@ -100,6 +100,7 @@ def _parser():
         command.add_argument("--results", type=Path, default=rows.RESULTS, help="the folder of the CSV files")
     for command in (compares, reports):
         command.add_argument("--machine", help="the name of a CSV file, without .csv")
+    accuracy.add_command(commands)
     memory.add_command(commands)
     return parser
 
