@@ -1,0 +1,221 @@
+"""demo: the whole road on scikit-learn's digits, from two float models to packed ones that adapt on a stream."""
+
+import importlib.util
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .adaptation import adapt
+from .checkpoint import load, save
+from .doctor import describe_machine
+from .evaluation import Result, evaluate
+from .files import write_atomically
+from .models import ResNet, ViT
+from .packing import pack
+from .pipeline import quantize
+from .report import Results, draw, render
+from .streams import CORRUPTIONS, Corrupted, Images, Stream, continual, load_digits
+from .training import Training, fetch_trained
+
+NETWORKS = {
+    "resnet": lambda: ResNet(depth=8, classes=10, width=16),
+    "vit": lambda: ViT(size=32, patch=8, width=64, depth=4, heads=4, classes=10),
+}
+RATES = {"resnet": 3e-3, "vit": 2e-3}
+EPOCHS = {"resnet": 10, "vit": 30}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the demo measures.
+
+    Args:
+        images: Of each corruption, at most 500.
+        clean: Images of the clean test set, at most 500.
+        batch_size: Images that the adapter sees at once.
+        severity: 1 to 5.
+        steps: Of reconstruction, for each block.
+        calibration: Images that quantisation sees, at most 256.
+        epochs: Of training; None for as many as each network needs.
+        bits: Widths.
+        adapters: Methods of adaptation.
+        lr: Of those that descend a gradient.
+        corruptions: In the order in which they are met.
+        seed: Of training, reconstruction and the stream.
+    """
+
+    images: int = 150
+    clean: int = 500
+    batch_size: int = 50
+    severity: int = 5
+    steps: int = 200
+    calibration: int = 256
+    epochs: int | None = None
+    bits: tuple[str, ...] = ("w8a8", "w4a4", "w2a4")
+    adapters: tuple[str, ...] = ("source", "norm", "tent")
+    lr: float = 3e-3
+    corruptions: tuple[str, ...] = CORRUPTIONS
+    seed: int = 0
+
+
+def run_demo(out: str | Path = "ttaq-demo", settings: Settings | None = None, *, console: Console | None = None):
+    """Train, quantise, pack, adapt and report; the same numbers for the same seed.
+
+    Args:
+        out: Folder of results.json, figure.png, index.html, the trained networks and the packed checkpoints.
+        settings: What to measure.
+        console: Where the progress bars go; None, or no terminal, for silence.
+
+    Returns:
+        `report.Results`, as written.
+
+    Raises:
+        ValueError: matplotlib or scikit-learn is missing, or a setting is out of range.
+    """
+    missing = [name for name in ("sklearn", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f'demo: {" and ".join(missing)} must be installed; pip install "ttaq[demo]"')
+    demo = _Demo(Path(out), settings or Settings(), console)
+    with demo.bars:
+        for name in NETWORKS:
+            demo.run(name)
+    demo.note_equality()
+    demo.results.stages["whole demo"] = round(time.perf_counter() - demo.start, 3)
+    write_report(demo.results, demo.out)
+    return demo.results
+
+
+def write_report(results: Results, out: Path) -> None:
+    """Write results.json, figure.png and index.html into a folder."""
+    results.write(out / "results.json")
+    write_atomically(out / "figure.png", draw(results))
+    write_atomically(out / "index.html", render(results))
+
+
+class _Demo:
+    """One run: the images it shares among its models, and what it has measured so far."""
+
+    def __init__(self, out, settings, console):
+        self.start = time.perf_counter()
+        self.out, self.settings = out, settings
+        seed = settings.seed
+        self.train, test = load_digits("train"), load_digits("test")
+        calibration = load_digits("calibration").take(slice(settings.calibration))
+        self.calibration = [x for x, _ in calibration.batches(64)]
+        self.clean = whole_stream("clean", test.take(slice(settings.clean)), 100)
+        self.stream = continual(
+            Corrupted(test, seed=seed), corruptions=settings.corruptions, severity=settings.severity,
+            images=settings.images, batch_size=settings.batch_size, seed=seed,
+        )  # fmt: skip
+        shown = {key: value for key, value in asdict(settings).items() if value is not None}
+        shown["corruptions"] = len(settings.corruptions)
+        self.results = Results("ttaq demo: digits that change", shown, describe_machine())
+        self.differences: dict[str, float] = {}
+        self.bars = make_bars(console)
+
+    def run(self, name: str) -> None:
+        """Measure one network: in float, then at each width."""
+        bits = self.settings.bits
+        self.evaluations = self.bars.add_task(f"{name}: streams", total=None)
+        with self.stage(f"{name}: train", self.epochs(name)) as advance:
+            model, path = fetch_trained(
+                NETWORKS[name], self.train, self.training(name), self.out / "models", name, progress=advance
+            )
+        if not has_batch_statistics(model) and "norm" in self.settings.adapters:
+            self.results.notes.append(f"{name} has no batch statistics, so norm has nothing to do and is left out.")
+        row = {"model": name, "bits": "float", "method": "none"}
+        self.measure(model, row | {"form": "float", "bytes": path.stat().st_size})
+        for width in bits:
+            self.quantise(name, model, width)
+        self.bars.remove_task(self.evaluations)
+
+    def quantise(self, name: str, model: nn.Module, bits: str) -> None:
+        """Measure one width: rounded to nearest, reconstructed, and packed, saved and loaded again."""
+        row = {"model": name, "bits": bits, "form": "fake-quantised", "bytes": None}
+        nearest = quantize(model, self.calibration, bits, method="rtn", progress=False)
+        self.measure(nearest, row | {"method": "rtn"})
+        with self.stage(f"{name}: reconstruct {bits}"):
+            learned = quantize(
+                model, self.calibration, bits, progress=False, steps=self.settings.steps, seed=self.settings.seed
+            )
+        self.measure(learned, row | {"method": "qdrop"})
+        path = save(pack(learned), self.out / "checkpoints" / f"{name}-{bits}.safetensors", reference=f"demo:{name}")
+        with torch.device("meta"):
+            architecture = NETWORKS[name]()
+        packed = load(path, architecture)
+        self.compare(f"{name} {bits}", learned, packed)
+        self.measure(packed, row | {"method": "qdrop", "form": "packed", "bytes": path.stat().st_size})
+
+    def measure(self, model: nn.Module, row: dict) -> None:
+        """Add a row for each adapter that has something to adapt."""
+        for adapter in self.settings.adapters:
+            if adapter == "norm" and not has_batch_statistics(model):
+                continue
+            options = {} if adapter in ("source", "norm") else {"lr": self.settings.lr}
+            clean = evaluate(adapt(model, adapter, **options), self.clean).mean_error
+            result = self.evaluate(adapt(model, adapter, **options), f"{row['model']} {row['bits']}, {adapter}")
+            self.results.add(result, clean_error=clean, adapter=adapter, **row)
+
+    def evaluate(self, model: nn.Module, what: str) -> Result:
+        """Run a model over the stream, with a bar."""
+        total = self.settings.images * len(self.settings.corruptions)
+        self.bars.reset(self.evaluations, total=total, description=what)
+        return evaluate(model, self.stream, progress=lambda images: self.bars.advance(self.evaluations, images))
+
+    def compare(self, what: str, simulated: nn.Module, packed: nn.Module) -> None:
+        """Measure how far a packed model, read from its file, is from the fake-quantised one on clean images."""
+        with torch.no_grad():
+            largest = max(float((simulated(b.images) - packed(b.images)).abs().max()) for b in self.clean)
+        self.differences[what] = largest
+
+    def note_equality(self) -> None:
+        """Say how packed models compare with the fake-quantised ones they were made from."""
+        equal = [what for what, largest in self.differences.items() if largest == 0]
+        notes = [f"The packed logits of {', '.join(equal)} equal the fake-quantised ones bit for bit."] if equal else []
+        for what, largest in self.differences.items():
+            if largest:
+                notes.append(f"The packed logits of {what} differ from the fake-quantised ones by up to {largest:.2g}.")
+        self.results.notes += notes
+
+    def epochs(self, name: str) -> int:
+        """Give the number of epochs that a network is trained for."""
+        return self.settings.epochs or EPOCHS[name]
+
+    def training(self, name: str) -> Training:
+        """Give a network's way of training."""
+        return Training(epochs=self.epochs(name), lr=RATES[name], seed=self.settings.seed)
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator:
+        """Time a stage and show it on a bar of its own."""
+        task = self.bars.add_task(name, total=total)
+        start = time.perf_counter()
+        yield lambda step: self.bars.advance(task, step)
+        self.results.stages[name] = round(time.perf_counter() - start, 3)
+        self.bars.remove_task(task)
+
+
+def has_batch_statistics(model: nn.Module) -> bool:
+    """Tell whether a model holds a BatchNorm with running statistics."""
+    return any(isinstance(m, _BatchNorm) and m.running_mean is not None for m in model.modules())
+
+
+def whole_stream(name: str, images: Images, batch_size: int) -> Stream:
+    """Make a stream of one domain that holds all images in their order."""
+    return Stream([(name, images)], [(0, np.arange(len(images)))], batch_size)
+
+
+def make_bars(console: Console | None) -> Progress:
+    """Make progress bars that stay silent without a console or a terminal."""
+    silent = console is None or not console.is_terminal
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, disable=silent, transient=True)

@@ -1,0 +1,121 @@
+"""The figure: the error along the stream, and the mean error of every width."""
+
+import io
+
+from . import words
+from .findings import headline
+from .results import Line, Results
+
+_THEMES = {
+    "light": {"paper": "#ffffff", "ink": "#1c2330", "faint": "#5d6675", "grid": "#e3e7ed"},
+    "dark": {"paper": "#161b22", "ink": "#e6e9ee", "faint": "#9aa4b2", "grid": "#2b323c"},
+}
+_COLOURS = ("#8d95a3", "#2f80d0", "#ea7a34", "#2ba84a", "#a259c4", "#c9a227")
+
+
+def draw(results: Results, *, dark: bool = False) -> bytes:
+    """Draw the figure.
+
+    Above, the error in each domain of the stream, for the headline line of the first model; below, for each model,
+    the mean error of each width, packed where there is one, with round-to-nearest marked beside it.
+
+    Args:
+        results: Of any run.
+        dark: Light ink on dark paper.
+
+    Returns:
+        A PNG file.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError('report: the figure needs matplotlib; pip install "ttaq[demo]"') from error
+    theme = _THEMES["dark" if dark else "light"]
+    lines = results.lines()
+    models = list(dict.fromkeys(line.model for line in lines))
+    colours = dict(zip(results.adapters(), _COLOURS, strict=False))
+    figure = Figure(figsize=(10.5, 8.2), facecolor=theme["paper"], layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(2, len(models), height_ratios=(1, 1.1), hspace=0.08)
+    _draw_stream(figure.add_subplot(grid[0, :]), headline(lines), colours, theme)
+    for column, model in enumerate(models):
+        own = [line for line in lines if line.model == model]
+        _draw_means(figure.add_subplot(grid[1, column]), own, colours, theme)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=130, metadata={"Software": "ttaq"})
+    return file.getvalue()
+
+
+def _draw_stream(axes, line: Line, colours, theme):
+    """Draw one curve an adapter over the domains, in the order in which they were met."""
+    domains = list(next(iter(line.errors.values())))
+    for adapter, errors in line.errors.items():
+        values = [errors.get(name) for name in domains]
+        label = f"{adapter}, mean {line.error(adapter):.1f} %"
+        axes.plot(values, color=colours[adapter], marker="o", markersize=5, linewidth=2.2, label=label)
+    reference = line.errors.get("source")
+    best = min(line.errors, key=line.error)
+    if reference and best != "source":
+        axes.fill_between(
+            range(len(domains)), list(reference.values()), list(line.errors[best].values()), color=colours[best],
+            alpha=0.10, linewidth=0,
+        )  # fmt: skip
+    axes.set_xticks(range(len(domains)), [words.domain(name) for name in domains], rotation=28, ha="right")
+    axes.set_title(f"{line.model} at {words.width(line.bits)}, {line.form}: error along the stream", loc="left")
+    _finish(axes, theme, max(max(errors.values()) for errors in line.errors.values()))
+
+
+def _draw_means(axes, lines, colours, theme):
+    """Draw a group of bars for each width, one bar an adapter, and a mark where rounding to nearest ends up."""
+    shown = _one_a_width(lines)
+    adapters = [name for name in colours if any(name in line.rows for line in shown.values())]
+    size = 0.8 / len(adapters)
+    nearest = {line.bits: line for line in lines if line.method == "rtn"}
+    top = max(line.error(a) for line in (*shown.values(), *nearest.values()) for a in line.rows)
+    marked = False
+    for group, (bits, line) in enumerate(shown.items()):
+        for number, adapter in enumerate(adapters):
+            if adapter not in line.rows:
+                continue
+            x = group + (number - (len(adapters) - 1) / 2) * size
+            axes.bar(x, line.error(adapter), size * 0.9, color=colours[adapter])
+            axes.text(x, line.error(adapter) + 0.012 * top, f"{line.error(adapter):.1f}", ha="center", va="bottom",
+                      fontsize=8.5, color=theme["ink"])  # fmt: skip
+            other = nearest.get(bits, line)
+            if other is not line and adapter in other.rows:
+                axes.plot([x - size * 0.45, x + size * 0.45], [other.error(adapter)] * 2, color=theme["ink"],
+                          linewidth=1.6, linestyle=(0, (2, 1)), label=None if marked else "round to nearest")  # fmt: skip
+                marked = True
+    labels = [
+        words.width(bits) + (f"\n{words.kilobytes(line.bytes)}" if line.bytes else "") for bits, line in shown.items()
+    ]
+    axes.set_xticks(range(len(shown)), labels)
+    axes.set_title(f"{lines[0].model}: mean error", loc="left")
+    _finish(axes, theme, top, legend=marked)
+
+
+def _one_a_width(lines):
+    """Choose for each width the packed line, else the last that there is."""
+    chosen = {}
+    for line in lines:
+        if line.bits not in chosen or chosen[line.bits].form != "packed":
+            chosen[line.bits] = line
+    return chosen
+
+
+def _finish(axes, theme, top, legend=True):
+    axes.set_facecolor(theme["paper"])
+    axes.set_ylim(0, max(1.0, top) * 1.12)
+    axes.set_ylabel("error, %", color=theme["faint"])
+    axes.title.set(color=theme["ink"], fontsize=12, fontweight="bold")
+    axes.grid(axis="y", color=theme["grid"], linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=theme["faint"], length=0, labelsize=9.5)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    if legend and axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False, labelcolor=theme["ink"], fontsize=10)

@@ -1,0 +1,52 @@
+"""The table on the terminal."""
+
+from rich import box
+from rich.table import Table
+
+from . import words
+from .results import Line, Results
+
+
+def tabulate(results: Results, columns: int = 100) -> Table:
+    """Make the table of mean errors, file sizes and seconds.
+
+    Args:
+        results: Of any run.
+        columns: Of the terminal; a narrow one gets fewer of the table's.
+
+    Returns:
+        A rich Table; the best adapter of each line stands out.
+    """
+    adapters, lines = results.adapters(), results.lines()
+    floats = {line.model: line.bytes for line in lines if line.form == "float"}
+    table = Table(title=results.title, title_style="bold", caption="errors in percent, mean over the stream", box=_BOX)
+    narrow = columns < 72
+    for name in ("model", "bits", *(("made by",) if narrow else ("method", "form"))):
+        table.add_column(name, no_wrap=True)
+    for name in (*(() if narrow else ("clean",)), *adapters, *_SIZES[: 3 if columns >= 96 else 0 if narrow else 1]):
+        table.add_column(name, justify="right", no_wrap=True)
+    for number, line in enumerate(lines):
+        how = [words.maker(line)] if narrow else [words.method(line.method), line.form.removesuffix("-quantised")]
+        clean = [] if narrow else [words.percent(line.clean_error)]
+        cells = [line.model, words.width(line.bits), *how, *clean, *_errors(line, adapters), *_size(line, floats)]
+        last = number + 1 == len(lines) or lines[number + 1].model != line.model
+        table.add_row(*cells[: len(table.columns)], end_section=last)
+    return table
+
+
+_BOX = box.SIMPLE_HEAD
+_SIZES = ("file", "of float", "seconds")
+
+
+def _size(line: Line, floats):
+    whole = floats.get(line.model)
+    share = f"{line.bytes / whole:.2f}" if whole and line.bytes else words.DASH
+    return words.kilobytes(line.bytes), share, f"{line.seconds:.1f}"
+
+
+def _errors(line: Line, adapters):
+    best = min(row["mean_error"] for row in line.rows.values())
+    for adapter in adapters:
+        error = line.error(adapter)
+        stands_out = error == best and len(line.rows) > 1
+        yield f"[bold green]{words.percent(error)}[/]" if stands_out else words.percent(error)
