@@ -29,6 +29,11 @@ COLUMNS = (
 
 def main(options: argparse.Namespace) -> int:
     """Walk through the recipes; print each row and append it to the file at once."""
+    if options.table:
+        print(table(Path(options.out)), end="")
+        return 0
+    if options.data is None:
+        raise ValueError("bench accuracy: --data wants the folder with the images and the weights")
     folder = Path(options.data)
     model = ResNet(20)
     model.load_state_dict(load_file(folder / "resnet20_cifar10.safetensors"), strict=False)
@@ -64,10 +69,21 @@ def _rows(options, model, calibration: Images, test: Images, shared: Corrupted) 
                 yield _row(bits, method, "packed", adapter, "continual", result, seconds=round(result.seconds, 1))
 
 
+def table(path: Path) -> str:
+    """Draw the latest row of each cell as a Markdown table."""
+    with open(path, newline="", encoding="utf-8") as file:
+        cells = {tuple(row[k] for k in COLUMNS[3:12]): row for row in csv.DictReader(file)}
+    lines = ["| bits | method | form | adapter | stream | images | error % | bytes | seconds |", "|" + "---|" * 9]
+    shown = ("bits", "method", "form", "adapter", "stream", "images", "error", "bytes", "seconds")
+    lines += ["| " + " | ".join(row[k] for k in shown) + " |" for row in cells.values()]
+    return "\n".join(lines) + "\n"
+
+
 def add_command(commands: argparse._SubParsersAction) -> None:
     """Declare the command and its options."""
     parser = commands.add_parser("accuracy", help="errors of the CIFAR ResNet-20 on real images")
-    parser.add_argument("--data", required=True, help="folder with the two .npz files and the weights")
+    parser.add_argument("--data", help="folder with the two .npz files and the weights")
+    parser.add_argument("--table", action="store_true", help="print the rows of --out as Markdown and measure nothing")
     parser.add_argument("--bits", default="w8a8,w4a4,w2a4")
     parser.add_argument("--methods", default="rtn,qdrop")
     parser.add_argument("--images", type=int, default=1024, help="calibration images")
