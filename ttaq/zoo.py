@@ -2,12 +2,20 @@
 
 import importlib
 import pickle
+import struct
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+
+# What the two readers raise on files that are damaged or hold more than tensors.
+_UNREADABLE = (
+    SafetensorError, pickle.UnpicklingError, struct.error, OSError, EOFError, RuntimeError, ValueError, TypeError,
+    LookupError, AttributeError, AssertionError,
+)  # fmt: skip
 
 
 def build_model(reference: str, weights: str | Path | None = None, **options) -> nn.Module:
@@ -84,7 +92,7 @@ def _read_state(path):
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except _UNREADABLE as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"weights: {path} holds no state_dict that can be read safely ({reason})") from error
     for key in ("state_dict", "model"):
