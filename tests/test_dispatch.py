@@ -130,7 +130,6 @@ def test_autocast_is_off_inside_an_op_and_back_on_after():
 def test_the_environment_forces_a_backend():
     """TTAQ_BACKEND is read once, when ttaq is imported."""
     code = "import torch, ttaq; from ttaq import dispatch; print(dispatch._forced)"
-    for value, wanted in (("reference", "reference"), ("", "None")):
-        environment = os.environ | {"TTAQ_BACKEND": value}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-        assert done.stdout.split() == [wanted]
+    environment = os.environ | {"TTAQ_BACKEND": "reference"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["reference"]

@@ -10,7 +10,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-
 # What the two readers raise on files that are damaged or hold more than tensors.
 _UNREADABLE = (
     SafetensorError, pickle.UnpicklingError, struct.error, OSError, EOFError, RuntimeError, ValueError, TypeError,
