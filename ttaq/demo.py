@@ -26,10 +26,18 @@ from .report import Results, draw, render
 from .streams import CORRUPTIONS, Corrupted, Images, Stream, continual, load_digits
 from .training import Training, fetch_trained
 
-NETWORKS = {
-    "resnet": lambda: ResNet(depth=8, classes=10, width=16),
-    "vit": lambda: ViT(size=32, patch=8, width=64, depth=4, heads=4, classes=10),
-}
+
+def build_resnet() -> ResNet:
+    """Build the demo's residual CNN, with random weights."""
+    return ResNet(depth=8, classes=10, width=16)
+
+
+def build_vit() -> ViT:
+    """Build the demo's vision transformer, with random weights."""
+    return ViT(size=32, patch=8, width=64, depth=4, heads=4, classes=10)
+
+
+NETWORKS = {"resnet": build_resnet, "vit": build_vit}
 RATES = {"resnet": 3e-3, "vit": 2e-3}
 EPOCHS = {"resnet": 10, "vit": 30}
 
@@ -71,7 +79,8 @@ def run_demo(out: str | Path = "ttaq-demo", settings: Settings | None = None, *,
     """Train, quantise, pack, adapt and report; the same numbers for the same seed.
 
     Args:
-        out: Folder of results.json, figure.png, index.html, the trained networks and the packed checkpoints.
+        out: Folder of results.json, figure.png, index.html, the trained networks, the packed checkpoints, and
+            digits.npz, the clean test images for `ttaq evaluate`.
         settings: What to measure.
         console: Where the progress bars go; None, or no terminal, for silence.
 
@@ -89,9 +98,16 @@ def run_demo(out: str | Path = "ttaq-demo", settings: Settings | None = None, *,
         for name in NETWORKS:
             demo.run(name)
     demo.note_equality()
+    write_images(load_digits("test"), demo.out / "digits.npz")
     demo.results.stages["whole demo"] = round(time.perf_counter() - demo.start, 3)
     write_report(demo.results, demo.out)
     return demo.results
+
+
+def write_images(images: Images, path: Path) -> None:
+    """Write images as an .npz file that `ttaq evaluate --data` reads."""
+    arrays = {"images": images.pixels(), "labels": images.labels, "classes": np.array(images.classes)}
+    write_atomically(path, lambda draft: np.savez_compressed(draft, **arrays))
 
 
 def write_report(results: Results, out: Path) -> None:
@@ -148,7 +164,13 @@ class _Demo:
                 model, self.calibration, bits, progress=False, steps=self.settings.steps, seed=self.settings.seed
             )
         self.measure(learned, row | {"method": "qdrop"})
-        path = save(pack(learned), self.out / "checkpoints" / f"{name}-{bits}.safetensors", reference=f"demo:{name}")
+        path = save(
+            pack(learned),
+            self.out / "checkpoints" / f"{name}-{bits}.safetensors",
+            reference=f"ttaq.demo:{NETWORKS[name].__name__}",
+            preprocessing={"size": 32, "mean": list(self.train.mean), "std": list(self.train.std)},
+            classes=list(self.train.classes),
+        )
         with torch.device("meta"):
             architecture = NETWORKS[name]()
         packed = load(path, architecture)

@@ -1,6 +1,7 @@
 """The figure: the error along the stream, and the mean error of every width."""
 
 import io
+import itertools
 
 from . import words
 from .findings import headline
@@ -37,7 +38,7 @@ def draw(results: Results, *, dark: bool = False) -> bytes:
     theme = _THEMES["dark" if dark else "light"]
     lines = results.lines()
     models = list(dict.fromkeys(line.model for line in lines))
-    colours = dict(zip(results.adapters(), _COLOURS, strict=False))
+    colours = dict(zip(results.adapters(), itertools.cycle(_COLOURS)))
     figure = Figure(figsize=(10.5, 8.2), facecolor=theme["paper"], layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, len(models), height_ratios=(1, 1.1), hspace=0.08)
@@ -73,29 +74,24 @@ def _draw_means(axes, lines, colours, theme):
     """Draw a group of bars for each width, one bar an adapter, and a mark where rounding to nearest ends up."""
     shown = _one_a_width(lines)
     adapters = [name for name in colours if any(name in line.rows for line in shown.values())]
-    size = 0.8 / len(adapters)
     nearest = {line.bits: line for line in lines if line.method == "rtn"}
-    top = max(line.error(a) for line in (*shown.values(), *nearest.values()) for a in line.rows)
-    marked = False
-    for group, (bits, line) in enumerate(shown.items()):
-        for number, adapter in enumerate(adapters):
-            if adapter not in line.rows:
-                continue
-            x = group + (number - (len(adapters) - 1) / 2) * size
-            axes.bar(x, line.error(adapter), size * 0.9, color=colours[adapter])
-            axes.text(x, line.error(adapter) + 0.012 * top, f"{line.error(adapter):.1f}", ha="center", va="bottom",
-                      fontsize=8.5, color=theme["ink"])  # fmt: skip
-            other = nearest.get(bits, line)
-            if other is not line and adapter in other.rows:
-                axes.plot([x - size * 0.45, x + size * 0.45], [other.error(adapter)] * 2, color=theme["ink"],
-                          linewidth=1.6, linestyle=(0, (2, 1)), label=None if marked else "round to nearest")  # fmt: skip
-                marked = True
-    labels = [
-        words.width(bits) + (f"\n{words.kilobytes(line.bytes)}" if line.bytes else "") for bits, line in shown.items()
-    ]
-    axes.set_xticks(range(len(shown)), labels)
+    size = 0.8 / len(adapters)
+    for number, adapter in enumerate(adapters):
+        left = (number - len(adapters) / 2) * size
+        places = {group + left: line for group, line in enumerate(shown.values()) if adapter in line.rows}
+        heights = [line.error(adapter) for line in places.values()]
+        bars = axes.bar(list(places), heights, size * 0.9, align="edge", color=colours[adapter])
+        axes.bar_label(bars, fmt="%.1f", padding=1.5, fontsize=8.5, color=theme["ink"])
+        for x, line in places.items():
+            error = nearest[line.bits].error(adapter) if line.bits in nearest else None
+            if error is not None and line.method != "rtn":
+                axes.hlines(error, x, x + size * 0.9, color=theme["ink"], linewidth=1.6, linestyle=(0, (2, 1)))
+    sizes = [f"\n{words.kilobytes(line.bytes)}" if line.bytes else "" for line in shown.values()]
+    axes.set_xticks(range(len(shown)), [words.width(bits) + size for bits, size in zip(shown, sizes, strict=True)])
     axes.set_title(f"{lines[0].model}: mean error", loc="left")
-    _finish(axes, theme, top, legend=marked)
+    if any(line.method != "rtn" for bits, line in shown.items() if bits in nearest):
+        axes.plot([], [], color=theme["ink"], linewidth=1.6, linestyle=(0, (2, 1)), label="round to nearest")
+    _finish(axes, theme, max(line.error(a) for line in (*shown.values(), *nearest.values()) for a in line.rows))
 
 
 def _one_a_width(lines):
@@ -107,7 +103,7 @@ def _one_a_width(lines):
     return chosen
 
 
-def _finish(axes, theme, top, legend=True):
+def _finish(axes, theme, top):
     axes.set_facecolor(theme["paper"])
     axes.set_ylim(0, max(1.0, top) * 1.12)
     axes.set_ylabel("error, %", color=theme["faint"])
@@ -117,5 +113,5 @@ def _finish(axes, theme, top, legend=True):
     axes.tick_params(colors=theme["faint"], length=0, labelsize=9.5)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    if legend and axes.get_legend_handles_labels()[1]:
+    if axes.get_legend_handles_labels()[1]:
         axes.legend(frameon=False, labelcolor=theme["ink"], fontsize=10)

@@ -19,7 +19,8 @@ def tabulate(results: Results, columns: int = 100) -> Table:
     """
     adapters, lines = results.adapters(), results.lines()
     floats = {line.model: line.bytes for line in lines if line.form == "float"}
-    table = Table(title=results.title, title_style="bold", caption="errors in percent, mean over the stream", box=_BOX)
+    caption = "errors in percent, mean over the stream"
+    table = Table(title=results.title, title_style="bold", caption=caption, box=box.SIMPLE_HEAD, show_edge=False)
     narrow = columns < 72
     for name in ("model", "bits", *(("made by",) if narrow else ("method", "form"))):
         table.add_column(name, no_wrap=True)
@@ -34,7 +35,6 @@ def tabulate(results: Results, columns: int = 100) -> Table:
     return table
 
 
-_BOX = box.SIMPLE_HEAD
 _SIZES = ("file", "of float", "seconds")
 
 

@@ -1,0 +1,208 @@
+"""The command line: ttaq demo | quantize | evaluate | report | doctor."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from . import __version__
+from .demo import Settings, make_bars, run_demo
+from .doctor import print_report
+from .files import write_atomically
+from .report import Results, find, render, tabulate
+from .workbench import evaluate_file, quantize_reference
+
+
+class _Sentences(TyperGroup):
+    """Commands whose bad input ends in one sentence and exit code 2."""
+
+    def invoke(self, ctx):
+        """Run the command; turn what it refuses into a sentence."""
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError) as error:
+            Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"ttaq: {error}")
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(cls=_Sentences, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+
+
+def main() -> None:
+    """Run the command line: the console script `ttaq`."""
+    sys.path.insert(0, os.getcwd())  # "package.module:function" may lie where the user stands
+    app()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ttaq {__version__}")
+        raise typer.Exit()
+
+
+@app.callback(
+    help="Quantise vision models to 2-8 bits, and keep them accurate while the world they look at changes.",
+)
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
+Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same numbers.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+Data = Annotated[Path, typer.Option(help="Class folders or an .npz file; evaluate also takes CIFAR-C and ImageNet-C.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
+Classes = Annotated[
+    Path | None, typer.Option(help="Text file: one class folder's name a line, in the order of the model's outputs.")
+]
+Triple = Annotated[str | None, typer.Option(help="Three numbers with commas between, of each channel, in 0..1.")]
+
+
+@app.command()
+def demo(
+    out: Out = Path("ttaq-demo"),
+    images: Annotated[int, typer.Option(min=1, max=500, help="Of each corruption.")] = Settings.images,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that adapt at once.")] = Settings.batch_size,
+    severity: Annotated[int, typer.Option(min=1, max=5)] = Settings.severity,
+    steps: Annotated[int, typer.Option(min=1, help="Of reconstruction, for each block.")] = Settings.steps,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Of training; default: what each needs.")] = None,
+    seed: Seed = Settings.seed,
+    quiet: Quiet = False,
+) -> None:
+    """Show the whole road on handwritten digits: train, quantise, pack, and adapt on a stream of 15 corruptions."""
+    settings = Settings(
+        images=images, batch_size=batch_size, severity=severity, steps=steps, epochs=epochs, seed=seed
+    )  # fmt: skip
+    results = run_demo(out, settings, console=_progress_console(quiet))
+    _print(results)
+    Console(soft_wrap=True, highlight=False).print(f"wrote {out}/results.json, figure.png and index.html")
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="timm:NAME, torchvision:NAME or package.module:function.")],
+    data: Data,
+    out: Out = Path("model.safetensors"),
+    bits: Annotated[str, typer.Option(help="Weight and activation bits.")] = "w4a4",
+    weights: Annotated[Path | None, typer.Option(help="Local .safetensors or .pth state_dict.")] = None,
+    num_classes: Annotated[int | None, typer.Option(min=1, help="Handed to the model's builder.")] = None,
+    images: Annotated[int, typer.Option(min=1, help="To calibrate on.")] = 1024,
+    method: Annotated[str, typer.Option(help="qdrop (reconstruction) or rtn (round to nearest).")] = "qdrop",
+    steps: Annotated[int | None, typer.Option(min=1, help="Of reconstruction, for each block.")] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Side of the images; default: the model's own.")] = None,
+    mean: Triple = None,
+    std: Triple = None,
+    classes: Classes = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    quiet: Quiet = False,
+) -> None:
+    """Quantise a model on a few hundred clean images and write one packed checkpoint."""
+    report = quantize_reference(
+        model, data, out, bits=bits, method=method, weights=weights, num_classes=num_classes, images=images,
+        steps=steps, size=size, mean=_triple("mean", mean), std=_triple("std", std), classes=_names(classes),
+        seed=seed, device=device, progress=not quiet and Console().is_terminal,
+    )  # fmt: skip
+    if weights is None:
+        typer.echo("note: no --weights were given, so the model's weights are random", err=True)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    share = report["file_bytes"] / report["float_bytes"]
+    console.print(
+        f"{model} at {bits} ({method}): {len(report['packed'])} layers packed, calibrated on "
+        f"{report['calibration']['images']} images"
+    )
+    console.print(f"{out}: {report['file_bytes']:,} bytes, {share:.3f} of {report['float_bytes']:,} in float")
+    for name, reason in report["left_out"].items():
+        console.print(f"left in float: {name}: {reason}")
+
+
+@app.command()
+def evaluate(
+    file: Annotated[Path, typer.Argument(help="A checkpoint that `ttaq quantize` wrote.")],
+    data: Data,
+    adapter: Annotated[str, typer.Option(help="source, norm or tent.")] = "source",
+    stream: Annotated[
+        str, typer.Option(help="clean, corruptions (all fifteen), or names with commas between.")
+    ] = "corruptions",
+    severity: Annotated[int, typer.Option(min=1, max=5)] = 5,
+    images: Annotated[int | None, typer.Option(min=1, help="A domain; default: 1,000 or all there are.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that adapt at once.")] = 64,
+    lr: Annotated[float | None, typer.Option(help="Of tent; default: the method's own.")] = None,
+    model: Annotated[str | None, typer.Option(help="What builds the architecture, if not what the file says.")] = None,
+    classes: Classes = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    json: Annotated[Path | None, typer.Option(help="Write the results here; `ttaq report` reads them.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a packed checkpoint, adapting or not, on clean or corrupted images."""
+    bars = make_bars(_progress_console(quiet))
+
+    def track(name, total):
+        task = bars.add_task(name, total=total)
+        return lambda count: bars.advance(task, count)
+
+    with bars:
+        results = evaluate_file(
+            file, data, adapter=adapter, stream=stream, severity=severity, images=images, batch_size=batch_size,
+            lr=lr, reference=model, classes=_names(classes), seed=seed, device=device, track=track,
+        )  # fmt: skip
+    console = Console(highlight=False)
+    for name, error in results.errors[0].items():
+        console.print(f"{name:<20}{error:6.1f} %")
+    _print(results)
+    if json is not None:
+        results.write(json)
+
+
+@app.command()
+def report(
+    files: Annotated[list[Path], typer.Argument(help="results.json of a demo, or --json files of evaluate.")],
+    out: Out = Path("index.html"),
+) -> None:
+    """Render results, of one file or several, into one self-contained page."""
+    results = Results.read(*files)
+    write_atomically(out, render(results))
+    _print(results)
+    Console(soft_wrap=True, highlight=False).print(f"wrote {out}")
+
+
+@app.command()
+def doctor() -> None:
+    """Say for every op which implementation runs on this machine, and why the others do not."""
+    print_report(Console(highlight=False))
+
+
+def _print(results: Results) -> None:
+    console = Console(highlight=False)
+    console.print(tabulate(results, console.width))
+    for sentence in [*find(results), *results.notes]:
+        console.print(f"• {sentence}", markup=False)
+
+
+def _progress_console(quiet: bool) -> Console | None:
+    return None if quiet else Console(stderr=True)
+
+
+def _triple(name: str, text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) != 3:
+        raise ValueError(f"--{name}: wanted three numbers such as 0.485,0.456,0.406, got {text!r}")
+    return values
+
+
+def _names(path: Path | None) -> list[str] | None:
+    return None if path is None else path.read_text(encoding="utf-8").splitlines()

@@ -1,0 +1,113 @@
+"""A user's images: how they are prepared, where they lie, and the order in which they are met."""
+
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from .streams import (
+    CORRUPTIONS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    CifarC,
+    ImageNetC,
+    Images,
+    Stream,
+    continual,
+    load_image_folder,
+    load_npz,
+)
+
+_LAYOUTS = (
+    "<class>/<image>.png folders, an .npz file of images and labels, "
+    "<corruption>.npy files of CIFAR-C, or <corruption>/<severity>/<class>/ folders of ImageNet-C"
+)
+
+
+def preprocessing_of(model: nn.Module, reference: str, *, size=None, mean=None, std=None) -> dict:
+    """Say how images are prepared: as timm's configuration of the model says, else as torchvision's models.
+
+    Args:
+        model: Built by `reference`.
+        reference: Of the form that `build_model` takes.
+        size: Goes before what the configuration says, as do mean and std.
+        mean: Of each channel.
+        std: Of each channel.
+
+    Returns:
+        size, crop, interpolation, mean, std; size is None where nothing says it.
+    """
+    found = {
+        "size": None, "crop": 0.875, "interpolation": "bilinear", "mean": IMAGENET_MEAN, "std": IMAGENET_STD,
+    }  # fmt: skip
+    if reference.startswith("timm:"):
+        from timm.data import resolve_model_data_config
+
+        config = resolve_model_data_config(model)
+        smooth = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
+        found = {"size": config["input_size"][-1], "crop": config["crop_pct"], "interpolation": smooth}
+        found |= {"mean": config["mean"], "std": config["std"]}
+    given = {"size": size, "mean": mean, "std": std}
+    found |= {name: value for name, value in given.items() if value}
+    return found | {"mean": list(found["mean"]), "std": list(found["std"])}
+
+
+def open_data(path: str | Path, preprocessing: dict, classes: list[str] | None = None) -> Images | CifarC | ImageNetC:
+    """Open images as they lie on disk, whichever of the layouts it is.
+
+    Args:
+        path: Class folders, an .npz file, CIFAR-C or ImageNet-C.
+        preprocessing: As `preprocessing_of` gives it.
+        classes: Class folders in the order of the logits.
+
+    Returns:
+        Clean `Images`, or what has domains.
+
+    Raises:
+        ValueError: Nothing is there, or it has another layout.
+    """
+    path = Path(path)
+    moments = {"mean": preprocessing["mean"], "std": preprocessing["std"]}
+    if path.is_file() and path.suffix == ".npz":
+        return _sized(load_npz(path, **moments), preprocessing["size"], path)
+    if not path.is_dir():
+        raise ValueError(f"data: there is no folder or .npz file {path}; wanted {_LAYOUTS}")
+    if any((path / f"{name}.npy").is_file() for name in CORRUPTIONS):
+        return CifarC(path, **moments)
+    if any(folder.name in CORRUPTIONS for pattern in ("*", "*/*") for folder in path.glob(pattern) if folder.is_dir()):
+        return ImageNetC(path, classes, **moments)
+    crop, interpolation = preprocessing["crop"], preprocessing["interpolation"]
+    return load_image_folder(
+        path, preprocessing["size"] or 224, crop=crop, interpolation=interpolation, classes=classes, **moments
+    )
+
+
+def make_stream(source, data, stream: str, *, severity: int, images: int | None, batch_size: int, seed: int) -> Stream:
+    """Put images in the order in which they are met: clean and shuffled, or one corruption after another.
+
+    Raises:
+        ValueError: The data do not hold what the stream asks for.
+    """
+    if stream == "clean":
+        if not isinstance(source, Images):
+            raise ValueError(f"evaluate: {data} holds no clean images; pass --stream corruptions")
+        count = min(len(source), images or 1000)
+        order = np.random.default_rng(seed).permutation(len(source))[:count]
+        return Stream([("clean", source)], [(0, order)], batch_size)
+    there = CORRUPTIONS if isinstance(source, Images) else source.corruptions
+    names = there if stream == "corruptions" else tuple(name.strip() for name in stream.split(","))
+    if isinstance(source, Images):
+        counts, table = [len(source)], "cifar" if source.pixels([0]).shape[1] < 100 else "imagenet"
+    else:
+        counts, table = [len(source.domain(name, severity)) for name in names], "cifar"
+    return continual(
+        source, corruptions=names, severity=severity, images=images or min(1000, *counts), batch_size=batch_size,
+        seed=seed, table=table, cache=False,
+    )  # fmt: skip
+
+
+def _sized(images, size, path):
+    tall, wide = images.pixels([0]).shape[1:3]
+    if size is not None and (tall, wide) != (size, size):
+        raise ValueError(f"data: the images of {path} are {wide}x{tall}, the model takes {size}; pass --size {wide}")
+    return images

@@ -1,0 +1,195 @@
+"""Quantise and evaluate a user's model, named by reference, on a user's images."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from .adaptation import adapt
+from .checkpoint import load, read_header, save
+from .doctor import describe_machine
+from .evaluation import evaluate
+from .packing import pack
+from .pipeline import quantize
+from .report import Results
+from .sources import make_stream, open_data, preprocessing_of
+from .spec import Recipe
+from .streams import Images
+from .zoo import build_model
+
+_KNOWN = ("timm:", "torchvision:", "ttaq.")  # what a checkpoint may name: building it runs no code but these packages'
+
+
+def quantize_reference(
+    reference: str,
+    data: str | Path,
+    out: str | Path,
+    *,
+    bits: str = "w4a4",
+    method: str = "qdrop",
+    weights: str | Path | None = None,
+    num_classes: int | None = None,
+    images: int = 1024,
+    steps: int | None = None,
+    batch_size: int = 64,
+    size: int | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    classes: list[str] | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: bool = True,
+) -> dict:
+    """Build a model by reference, quantise it on images of a folder, and write a packed checkpoint.
+
+    Args:
+        reference: "timm:NAME", "torchvision:NAME" or "package.module:function".
+        data: Clean images: class folders or an .npz file.
+        out: The checkpoint.
+        bits: Such as "w4a4".
+        method: "qdrop" or "rtn".
+        weights: Local file of a state_dict; None for random weights.
+        num_classes: Handed to the builder; None for its own.
+        images: To calibrate on, drawn by the seed; all there are, if fewer.
+        steps: Of reconstruction, for each block.
+        batch_size: Images at once.
+        size: Side of the images; None for what the model's own configuration says.
+        mean: Of each channel, alike.
+        std: Of each channel, alike.
+        classes: Class folders in the order of the logits.
+        seed: Of the choice of images and of reconstruction.
+        device: Where to work.
+        progress: Show a bar.
+
+    Returns:
+        The packed model's report, with "float_bytes" and "file_bytes".
+
+    Raises:
+        ValueError: A name, a file, the images or the recipe do not serve; nothing is written then.
+    """
+    Recipe.parse(bits)
+    options = {} if num_classes is None else {"num_classes": num_classes}
+    model = build_model(reference, weights, **options)
+    chosen = preprocessing_of(model, reference, size=size, mean=mean, std=std)
+    source = open_data(data, chosen, classes)
+    if not isinstance(source, Images):
+        raise ValueError(f"quantize: {data} holds corrupted images; give clean ones, class folders or an .npz file")
+    picked = source.take(np.random.default_rng(seed).permutation(len(source))[:images])
+    batches = [x.to(device) for x, _ in picked.batches(batch_size)]
+    outputs = check_outputs(model, batches[0].cpu(), source, data, named=classes is not None)
+    settings = {"seed": seed} | ({} if steps is None else {"steps": steps}) if method == "qdrop" else {}
+    learned = quantize(model.to(device), batches, bits, method=method, progress=progress, **settings)
+    packed = pack(learned).cpu()
+    packed.ttaq_report["options"] = options
+    names = list(source.classes) if len(source.classes) == outputs else None
+    save(packed, out, reference=reference, preprocessing=chosen, classes=names)
+    float_bytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    return packed.ttaq_report | {"float_bytes": float_bytes, "file_bytes": Path(out).stat().st_size}
+
+
+def evaluate_file(
+    path: str | Path,
+    data: str | Path,
+    *,
+    adapter: str = "source",
+    stream: str = "corruptions",
+    severity: int = 5,
+    images: int | None = None,
+    batch_size: int = 64,
+    lr: float | None = None,
+    reference: str | None = None,
+    classes: list[str] | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    track: Callable[[str, int], Callable[[int], object]] | None = None,
+) -> Results:
+    """Load a packed checkpoint and measure it, adapting or not, on clean or corrupted images.
+
+    Args:
+        path: The checkpoint.
+        data: Class folders, an .npz file, or the published CIFAR-C or ImageNet-C.
+        adapter: "source", "norm" or "tent".
+        stream: "clean", "corruptions" (all there are) or names with commas between.
+        severity: 1 to 5.
+        images: A domain; None for 1,000, or all there are if fewer.
+        batch_size: Images that the adapter sees at once.
+        lr: Of an adapter that descends a gradient; None for its own.
+        reference: Builds the architecture, in place of what the checkpoint names.
+        classes: Class folders in the order of the logits, in place of the checkpoint's.
+        seed: Of the choice and order of images and of the corruptions.
+        device: Where to work.
+        track: Called with a name and the number of images, returns what is called with each batch's number.
+
+    Returns:
+        Results of one row.
+
+    Raises:
+        ValueError: The checkpoint or the images do not serve.
+    """
+    header = read_header(path)
+    reference = trusted_reference(path, header["reference"], reference)
+    width = header["report"].get("options", {}).get("num_classes")
+    with torch.device("meta"):
+        architecture = build_model(reference, **({} if width is None else {"num_classes": int(width)}))
+    model = load(path, architecture, device=device)
+    chosen = header["preprocessing"] or preprocessing_of(model, reference)
+    classes = classes or header["classes"]
+    source = open_data(data, chosen, classes)
+    batches = make_stream(source, data, stream, severity=severity, images=images, batch_size=batch_size, seed=seed)
+    first = next(iter(batches))
+    check_outputs(model, first.images[:1].to(device), batches.domains[0][1], data, named=classes is not None)
+    adapted = adapt(model, adapter, **({} if lr is None else {"lr": lr}))
+    total = sum(len(index) for _, index in batches.order)
+    result = evaluate(
+        adapted,
+        batches,
+        forward=lambda own, x: own(x.to(device)),
+        progress=track(f"{reference}, {adapter}", total) if track else None,
+    )
+    settings = {
+        "data": str(data), "stream": stream, "severity": severity, "images": max(result.images.values()),
+        "batch_size": batch_size, "seed": seed, "device": device,
+    }  # fmt: skip
+    results = Results(f"{Path(path).name} on {Path(data).name}", settings, describe_machine())
+    results.add(
+        result,
+        model=reference,
+        bits=str(Recipe.from_json(header["report"]["recipe"])).partition(",")[0],
+        method=header["report"]["method"],
+        form="packed",
+        adapter=adapter,
+        clean_error=result.mean_error if stream == "clean" else None,
+        bytes=Path(path).stat().st_size,
+    )
+    return results
+
+
+def trusted_reference(path: str | Path, written: str | None, given: str | None) -> str:
+    """Choose what builds the architecture; a file alone never decides which code of the user's runs.
+
+    Raises:
+        ValueError: The checkpoint names none, or one outside timm, torchvision and ttaq, and none was given.
+    """
+    if given:
+        return given
+    if written is None:
+        raise ValueError(f"evaluate: {path} does not name its architecture; pass --model, such as timm:NAME")
+    if not written.startswith(_KNOWN):
+        raise ValueError(f"evaluate: {path} names the code {written!r}; pass --model {written} to run it")
+    return written
+
+
+def check_outputs(model: nn.Module, x, images: Images, data, *, named: bool) -> int:
+    """Refuse classes that do not go with the model's logits; return how many logits there are."""
+    with torch.no_grad():
+        outputs = model(x[:1]).shape[-1]
+    count = len(images.classes)
+    numbered = images.classes == tuple(str(number) for number in range(count))
+    if count > outputs or (count != outputs and not named and not numbered):
+        raise ValueError(
+            f"data: {data} holds {count} classes, the model has {outputs} outputs; pass --classes FILE with one class "
+            "folder's name a line, in the order of the outputs, or build the model with --num-classes"
+        )
+    return outputs
