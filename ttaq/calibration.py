@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .batches import Forward, call, collect
+from .files import fingerprint
 from .layers import QuantConv2d, QuantLinear
 from .quantizers import ActivationQuantizer, Quantizer, disabled
 from .surgery import device_of, evaluating
@@ -43,6 +44,7 @@ def calibrate(model: nn.Module, batches: Iterable, *, forward: Forward | None = 
         quantizers[name].fit(values)
     unseen = sorted({name.rpartition(".")[0] for name, q in quantizers.items() if q not in reached})
     report = model.ttaq_report = getattr(model, "ttaq_report", {})
+    report.setdefault("fingerprint", fingerprint(model))
     report["calibration"] = {"images": sum(_length(entry) for entry in inputs), "unseen": unseen}
     return report
 

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from .files import fingerprint
 from .layers import PackedConv2d, PackedLinear, QuantConv2d, QuantLinear
 from .surgery import copy_model, replace
 
@@ -34,10 +35,12 @@ def pack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             packed[name] = twin.from_quantized(layer)
         except ValueError as error:
             raise ValueError(f"pack: layer {name}: {error}") from error
+    architecture = fingerprint(model)
     weights = {id(layer.weight) for layer in found.values()}
     model = model if inplace else copy_model(model, lambda name, tensor: id(tensor) in weights)
     for name, layer in packed.items():
         replace(model, name, layer)
     report = model.ttaq_report = dict(getattr(model, "ttaq_report", {}))
+    report.setdefault("fingerprint", architecture)
     report["packed"] = {name: layer.words.numel() for name, layer in packed.items()}
     return model.eval()

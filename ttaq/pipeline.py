@@ -4,11 +4,12 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from .batches import Forward
+from .batches import Forward, collect
 from .calibration import calibrate
 from .preparation import prepare
 from .reconstruction import reconstruct
 from .spec import Recipe
+from .surgery import device_of
 
 METHODS = ("qdrop", "rtn")
 
@@ -27,7 +28,7 @@ def quantize(
 
     Args:
         model: The float model; left as it is.
-        batches: A re-iterable of tensors, (x, y) pairs or dicts.
+        batches: An iterable of tensors, (x, y) pairs or dicts; read once.
         recipe: "w4a4" and the like, or a Recipe.
         method: "qdrop" reconstructs block by block (arXiv:2203.05740); "rtn" only rounds to nearest.
         forward: Runs the model on one batch, `forward(model, x)`, when `model(x)` does not.
@@ -45,8 +46,9 @@ def quantize(
     if method == "rtn" and options:
         raise ValueError(f"quantize: rounding to nearest takes no {', '.join(options)}; use method='qdrop'")
     quantised = prepare(model, recipe).eval()
-    calibrate(quantised, batches, forward=forward)
+    inputs = collect("quantize", batches, device_of(quantised))
+    calibrate(quantised, inputs, forward=forward)
     if method == "qdrop":
-        reconstruct(quantised, batches, forward=forward, progress=progress, **options)
+        reconstruct(quantised, inputs, forward=forward, progress=progress, **options)
     quantised.ttaq_report["method"] = method
     return quantised

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -57,6 +57,8 @@ class Schedule:
             raise ValueError(
                 f"reconstruct: steps and batch_size must be 1 or more, got {self.steps}, {self.batch_size}"
             )
+        if not (0 <= self.drop <= 1 and 0 <= self.warmup <= 1):
+            raise ValueError(f"reconstruct: drop and warmup are shares from 0 to 1, got {self.drop}, {self.warmup}")
 
 
 def reconstruct(
@@ -86,7 +88,7 @@ def reconstruct(
     Raises:
         ValueError: The model is not calibrated, or the images do not serve; the model is then as it was.
     """
-    schedule = schedule or Schedule(**options)
+    schedule = _chosen(schedule, options)
     layers = _layers(model)
     _check_ready(model, layers)
     inputs = collect("reconstruct", batches, device_of(model))
@@ -113,6 +115,15 @@ def reconstruct(
     return report
 
 
+def _chosen(schedule, options):
+    known = [field.name for field in fields(Schedule)]
+    if unknown := [name for name in options if name not in known]:
+        raise ValueError(f"reconstruct: there is no option {', '.join(unknown)}; there are {', '.join(known)}")
+    if schedule is not None and options:
+        raise ValueError(f"reconstruct: give a schedule or its fields, not both; got {', '.join(options)} beside one")
+    return schedule or Schedule(**options)
+
+
 def _reconstruct_block(model, block: Block, cache: "BlockCache", schedule: Schedule) -> dict:
     """Learn one block; return its row of the report."""
     start = time.perf_counter()
@@ -135,7 +146,10 @@ def _learn(model, block, cache, layers, tensors, schedule):
     quantised, floats, targets = tensors
     activations = [q for m in block.resolve(model) for q in m.modules() if isinstance(q, ActivationQuantizer)]
     roundings = [layer.weight_quantizer.rounding for layer in layers]
-    optimizer, scheduler = _optimizers(layers, activations, schedule)
+    learned = _learned(layers, activations, schedule)
+    if not roundings and not learned:
+        return
+    optimizer, scheduler = _optimizers(layers, learned, schedule)
     for quantizer in activations:
         quantizer.drop = schedule.drop
     size = min(schedule.batch_size, len(targets))
@@ -152,12 +166,18 @@ def _learn(model, block, cache, layers, tensors, schedule):
         loss.backward()
         optimizer.step()
         scheduler.step()
-        clamp_scales(activations)
+        clamp_scales(learned)
     for quantizer in activations:
         quantizer.drop = 0.0
 
 
-def _optimizers(layers, activations, schedule):
+def _learned(layers, activations, schedule):
+    """List the quantisers whose scales learn: those of activations, and under "ste" those of weights."""
+    learned = [q for q in activations if q.spec.granularity == "tensor"]
+    return learned + [layer.weight_quantizer for layer in layers if schedule.rounding == "ste"]
+
+
+def _optimizers(layers, learned, schedule):
     """Give one Adam over roundings at a constant rate and scales whose rate falls to 0 along a cosine."""
     groups, decays = [], []
     for layer in layers:
@@ -165,8 +185,6 @@ def _optimizers(layers, activations, schedule):
         unit = 1.0 if schedule.rounding == "adaround" else quantizer.scale.mean().item()
         groups.append({"params": [quantizer.rounding.v], "lr": schedule.rounding_lr * unit})
         decays.append(schedule.rounding == "ste")
-    learned = [q for q in activations if q.spec.granularity == "tensor"]
-    learned += [layer.weight_quantizer for layer in layers if schedule.rounding == "ste"]
     for quantizer in learned:
         quantizer.scale.requires_grad_(True)
         groups.append({"params": [quantizer.scale], "lr": schedule.scale_lr * quantizer.scale.mean().item()})
