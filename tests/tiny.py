@@ -1,6 +1,7 @@
 """Tiny networks with sound statistics, images, and comparisons of whole models."""
 
 import copy
+import functools
 
 import torch
 from torch import nn
@@ -73,21 +74,31 @@ def settle(model, x):
     return model.eval()
 
 
+def _made_once(build):
+    """Build a network once, and give copies of it."""
+    build = functools.cache(build)
+    return functools.wraps(build)(lambda *key: copy.deepcopy(build(*key)))
+
+
+@_made_once
 def resnet():
     torch.manual_seed(0)
     return settle(ResNet(depth=8, classes=6, width=4), images())
 
 
+@_made_once
 def vit():
     torch.manual_seed(0)
     return settle(ViT(size=SIDE, patch=4, width=16, depth=2, heads=2, classes=6), images())
 
 
+@_made_once
 def variety():
     torch.manual_seed(0)
     return settle(Variety(), images())
 
 
+@_made_once
 def timm_vit():
     import timm
 
@@ -103,11 +114,16 @@ def input_of(name, count=8, seed=1):
     return images(count, 32 if name == "timm_vit" else SIDE, seed)
 
 
+_calibrated = {}
+
+
 def calibrated(name, recipe, **options):
     """Build, prepare and calibrate a network, in eval mode."""
-    model = ttaq.prepare(BUILDERS[name](), ttaq.Recipe.parse(recipe, **options))
-    ttaq.calibrate(model, [input_of(name)])
-    return model
+    key = name, recipe, repr(options)
+    if key not in _calibrated:
+        _calibrated[key] = ttaq.prepare(BUILDERS[name](), ttaq.Recipe.parse(recipe, **options))
+        ttaq.calibrate(_calibrated[key], [input_of(name)])
+    return copy.deepcopy(_calibrated[key])
 
 
 def snapshot(model):
