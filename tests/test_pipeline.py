@@ -155,6 +155,21 @@ def test_layers_alone_make_a_model_that_packs_saves_and_loads(learn, tmp_path):
     assert torch.equal(loaded(x), wanted)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", list(BUILD))
+def test_the_road_on_a_gpu(name, tmp_path):
+    model, x = BUILD[name][0]().cuda(), input_of(name, seed=2).cuda()
+    quantised = ttaq.quantize(model, [input_of(name)], "w4a4", **QUICK)
+    packed = ttaq.pack(quantised)
+    loaded = ttaq.load(ttaq.save(packed, tmp_path / "m.safetensors"), BUILD[name][1](), device="cuda")
+    with torch.no_grad():
+        wanted = quantised(x)
+        assert torch.equal(packed(x), wanted)
+        assert torch.equal(loaded(x), wanted)
+    assert all(t.is_cuda for t in [*loaded.parameters(), *loaded.buffers()])
+    assert torch.isfinite(ttaq.adapt(loaded, "tent")(x)).all()
+
+
 def test_in_place_verbs_give_the_same_as_copies():
     x, batches = input_of("resnet", seed=2), [input_of("resnet")]
     model = resnet()

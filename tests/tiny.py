@@ -75,26 +75,29 @@ def settle(model, x):
 
 
 def _made_once(build):
-    """Build a network once, and give copies of it."""
-    build = functools.cache(build)
-    return functools.wraps(build)(lambda *key: copy.deepcopy(build(*key)))
+    """Build a network once, from a seed of its own, and give copies of it."""
+
+    @functools.cache
+    def made():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return build()
+
+    return lambda: copy.deepcopy(made())
 
 
 @_made_once
 def resnet():
-    torch.manual_seed(0)
     return settle(ResNet(depth=8, classes=6, width=4), images())
 
 
 @_made_once
 def vit():
-    torch.manual_seed(0)
     return settle(ViT(size=SIDE, patch=4, width=16, depth=2, heads=2, classes=6), images())
 
 
 @_made_once
 def variety():
-    torch.manual_seed(0)
     return settle(Variety(), images())
 
 
@@ -102,7 +105,6 @@ def variety():
 def timm_vit():
     import timm
 
-    torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=48, num_classes=6)
     return settle(model, images(side=32))
 
