@@ -52,6 +52,7 @@ class Settings:
         batch_size: Images that the adapter sees at once.
         severity: 1 to 5.
         steps: Of reconstruction, for each block.
+        train: Images that the networks learn from, at most 1,041.
         calibration: Images that quantisation sees, at most 256.
         epochs: Of training; None for as many as each network needs.
         bits: Widths.
@@ -61,11 +62,12 @@ class Settings:
         seed: Of training, reconstruction and the stream.
     """
 
-    images: int = 150
-    clean: int = 500
+    images: int = 100
+    clean: int = 300
     batch_size: int = 50
     severity: int = 5
     steps: int = 200
+    train: int = 1041
     calibration: int = 256
     epochs: int | None = None
     bits: tuple[str, ...] = ("w8a8", "w4a4", "w2a4")
@@ -124,7 +126,7 @@ class _Demo:
         self.start = time.perf_counter()
         self.out, self.settings = out, settings
         seed = settings.seed
-        self.train, test = load_digits("train"), load_digits("test")
+        self.train, test = load_digits("train").take(slice(settings.train)), load_digits("test")
         calibration = load_digits("calibration").take(slice(settings.calibration))
         self.calibration = [x for x, _ in calibration.batches(64)]
         self.clean = whole_stream("clean", test.take(slice(settings.clean)), 100)

@@ -18,9 +18,11 @@ from .kernels import _native, _triton
 def describe_machine() -> dict[str, str]:
     """Say what a run depends on: versions, processor, native libraries, threads, GPUs."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    packages = {name: _version(name) for name in ("ttaq", "torch", "triton", "numpy")}
     return {
-        **{name: found or "not installed" for name, found in packages.items()},
+        "ttaq": _version("ttaq"),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "numpy": _version("numpy"),
         "python": f"{platform.python_version()}, {platform.system()} {platform.machine()}",
         "processor": _processor(),
         "threads": f"{torch.get_num_threads()} of torch, {os.cpu_count()} in the machine",
@@ -80,7 +82,7 @@ def _version(package):
     try:
         return version(package)
     except PackageNotFoundError:
-        return None
+        return "not installed"
 
 
 def _processor():
