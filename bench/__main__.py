@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,11 +36,13 @@ def run(options: argparse.Namespace) -> int:
         print(f"bench: the tests of {options.op} are not green, so nothing was measured and no row was written")
         return 1
     failed, written = 0, None
+    seconds = 0.2 if options.quick or device == "cuda" else 1.0
+    warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)  # deprecated rivals
     for case in cases(options.op, device):
         if (options.quick and not case.quick) or options.case not in case.name:
             continue
         try:
-            found = measure(case, device, origin, backend=options.backend, seconds=0.2 if options.quick else 1.0)
+            found = measure(case, device, origin, backend=options.backend, seconds=seconds)
         except RuntimeError as error:  # one case that cannot run here leaves the others standing
             failed += 1
             print(f"bench: {case.op}, {case.name}, {case.dtype}: failed: {error}", file=sys.stderr)
@@ -52,6 +55,9 @@ def run(options: argparse.Namespace) -> int:
 
 def gate(tests: Path) -> bool:
     """Run the tests of an op with plain `pytest`, quietly when they pass."""
+    if not tests.is_file():
+        print(f"bench: there is no {tests}")
+        return False
     beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     pytest = shutil.which("pytest", path=beside)
     if pytest is None:
@@ -76,7 +82,12 @@ def report(options: argparse.Namespace) -> int:
     paths = sorted(options.results.glob(f"{options.machine or '*'}.csv"))
     if not paths:
         raise ValueError(f"bench: {options.results} holds no rows; `python -m bench run <op>` writes them")
-    print(tables.report([row for path in paths for row in rows.latest(rows.read(path))]), end="")
+    found = [row for path in paths for row in rows.latest(rows.read(path))]
+    text = tables.short(found) if options.short else tables.report(found)
+    if options.output:
+        options.output.write_text(text, encoding="utf-8")
+    else:
+        print(text, end="")
     return 0
 
 
@@ -95,6 +106,8 @@ def _parser():
     compares.add_argument("after", nargs="?", help="by default the latest rows of this machine")
     compares.set_defaults(command=compare)
     reports = commands.add_parser("report", help="print the tables for the README")
+    reports.add_argument("--short", action="store_true", help="a line for each op")
+    reports.add_argument("--output", type=Path, help="write them to a file instead")
     reports.set_defaults(command=report)
     for command in (runs, compares, reports):
         command.add_argument("--results", type=Path, default=rows.RESULTS, help="the folder of the CSV files")

@@ -29,7 +29,8 @@ def measure(case: Case, device: str, origin: dict[str, str], *, backend: str | N
     Raises:
         RuntimeError: A call failed.
     """
-    torch.compiler.reset()
+    if "torch.compile" in case.rivals:
+        torch.compiler.reset()  # else the sizes of earlier cases would make what is compiled general
     generator = torch.Generator(device).manual_seed(20)
     # A stream of our own, since what the ordinary one has run cannot be captured in a graph.
     with torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else nullcontext():

@@ -1,7 +1,7 @@
 """Rows of results/<machine>.csv: written by the tool alone, only ever appended."""
 
 import csv
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from . import machine
@@ -36,9 +36,9 @@ class Row:
     ratio: float | None
 
     @property
-    def key(self) -> tuple[str, ...]:
-        """What was measured; a later row with the same key replaces an earlier one in the tables."""
-        return self.machine, self.op, self.case, self.dtype, self.backend, self.rival
+    def measured(self) -> tuple[str, ...]:
+        """What was measured; a later run of it replaces an earlier one in the tables."""
+        return self.machine, self.op, self.case, self.dtype, self.backend
 
 
 COLUMNS = [f.name for f in fields(Row)]
@@ -78,8 +78,13 @@ def read(path: Path) -> list[Row]:
 
 
 def latest(rows: list[Row]) -> list[Row]:
-    """Keep the last row of each key, in the order in which the keys first came."""
-    return list({row.key: row for row in rows}.values())
+    """Keep the last run of whatever was measured, in the order in which it was first measured."""
+    runs = {}
+    for row in rows:
+        run = runs.get(row.measured, [])
+        goes_on = run and replace(row, rival="", ratio=None) == replace(run[-1], rival="", ratio=None)
+        runs[row.measured] = [*run, row] if goes_on else [row]
+    return [row for run in runs.values() for row in run]
 
 
 def select(text: str, machine_name: str, folder: Path = RESULTS) -> list[Row]:

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterable
 from itertools import groupby
+from statistics import median
 
 from .rows import Row
-
-Tables = dict[tuple[str, str], list[Row]]
 
 
 def report(rows: list[Row]) -> str:
@@ -16,10 +15,26 @@ def report(rows: list[Row]) -> str:
         lines = [f"### {op} on {machine}", "", _origin(found), ""]
         heads = ["case", "dtype", "backend", "median", "GB/s", "of the ceiling", *(f"against {r}" for r in rivals)]
         lines += [_line(heads), _line(["---"] * len(heads))]
-        for line in _grouped(found, lambda r: r.key[:-1]).values():
+        for line in _grouped(found, lambda r: r.measured).values():
             lines.append(_line(_cells(line, rivals)))
         parts.append("\n".join([*lines, "", _tally(found)]))
     return "\n\n".join(parts) + "\n"
+
+
+def short(rows: list[Row]) -> str:
+    """Lay out a line for each machine and op: how near the ceiling, how many losses, and the worst of them."""
+    heads = ["machine", "op", "cases", "of the ceiling: least", "median", "losses", "worst"]
+    lines = [_line(heads), _line(["---"] * len(heads))]
+    for (machine, op), found in _grouped(rows, lambda r: (r.machine, r.op)).items():
+        cases = {r.measured: r.percent_of_roofline for r in found}
+        shares = [share for share in cases.values() if share is not None]
+        least, middle = (_percent(f(shares)) if shares else "-" for f in (min, median))
+        compared = [r for r in found if r.ratio is not None]
+        worst = min(compared, key=lambda r: r.ratio, default=None)
+        said = f"{_ratio(worst.ratio)}: {worst.case}, {worst.dtype}, against {worst.rival}" if worst else "-"
+        losses = f"{sum(r.ratio < 1 for r in compared)} of {len(compared)}"
+        lines.append(_line([machine, op, str(len(cases)), least, middle, losses, said]))
+    return "\n".join(lines) + "\n"
 
 
 def compare(before: list[Row], after: list[Row]) -> str:
@@ -27,10 +42,10 @@ def compare(before: list[Row], after: list[Row]) -> str:
 
     The share of the ceiling was measured within each run and so survives a busy machine, which the times do not.
     """
-    old = {r.key[:-1]: r for r in before}
+    old = {r.measured: r for r in before}
     heads = ["op", "case", "dtype", "backend", "before", "after", "speed", "of the ceiling before", "after"]
     lines = [_line(heads), _line(["---"] * len(heads))]
-    new = {r.key[:-1]: r for r in after}
+    new = {r.measured: r for r in after}
     for key in [k for k in new if k in old]:
         b, a = old[key], new[key]
         shares = [_percent(b.percent_of_roofline), _percent(a.percent_of_roofline)]
@@ -79,11 +94,12 @@ def _tally(rows):
 
 
 def _ratio(value):
-    return f"{value:.3g}x" if value >= 1 else f"{value:.2g}x, a loss"
+    return f"{value:.2f}x" if value >= 1 else f"{value:.2g}x, a loss"
 
 
 def _time(microseconds):
-    return f"{microseconds / 1000:.3g} ms" if microseconds >= 1000 else f"{microseconds:.3g} µs"
+    unit, size = next((u, s) for u, s in (("s", 1e6), ("ms", 1e3), ("µs", 1)) if microseconds >= s or s == 1)
+    return f"{microseconds / size:.3g} {unit}"
 
 
 def _percent(value):
