@@ -133,9 +133,24 @@ def test_results_are_read_as_written_and_several_become_one(results, tmp_path):
     results.write(tmp_path / "one.json")
     assert Results.read(tmp_path / "one.json") == results
     assert all(tuple(row) == KEYS for row in json.loads((tmp_path / "one.json").read_text())["rows"])
-    both = Results.read(tmp_path / "one.json", tmp_path / "one.json")
+    with pytest.raises(ValueError, match="two files hold the row cnn float none float source; give one"):
+        Results.read(tmp_path / "one.json", tmp_path / "one.json")
+    for row in results.rows:
+        row["model"] += "2"
+    results.write(tmp_path / "two.json")
+    both = Results.read(tmp_path / "one.json", tmp_path / "two.json")
     assert len(both.rows) == len(both.errors) == 2 * len(results.rows)
     assert both.notes == results.notes
+    assert draw(both)
+
+
+def test_curves_over_different_domains_are_drawn_where_they_are():
+    made = Results("t")
+    row = {"model": "m", "bits": "w4a4", "method": "qdrop", "form": "packed", "bytes": 10}
+    made.add(Result({"fog": 50.0, "snow": 30.0}), clean_error=None, adapter="source", **row)
+    made.add(Result({"snow": 20.0}), clean_error=None, adapter="norm", **row)
+    assert draw(made)
+    assert "no gain" not in " ".join(find(made)).lower()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import math
 
 from . import words
 from .findings import headline
@@ -53,21 +54,18 @@ def draw(results: Results, *, dark: bool = False) -> bytes:
 
 def _draw_stream(axes, line: Line, colours, theme):
     """Draw one curve an adapter over the domains, in the order in which they were met."""
-    domains = list(next(iter(line.errors.values())))
-    for adapter, errors in line.errors.items():
-        values = [errors.get(name) for name in domains]
+    domains = list(dict.fromkeys(name for errors in line.errors.values() for name in errors))
+    curves = {adapter: [errors.get(name, math.nan) for name in domains] for adapter, errors in line.errors.items()}
+    for adapter, values in curves.items():
         label = f"{adapter}, mean {line.error(adapter):.1f} %"
         axes.plot(values, color=colours[adapter], marker="o", markersize=5, linewidth=2.2, label=label)
-    reference = line.errors.get("source")
     best = min(line.errors, key=line.error)
-    if reference and best != "source":
-        axes.fill_between(
-            range(len(domains)), list(reference.values()), list(line.errors[best].values()), color=colours[best],
-            alpha=0.10, linewidth=0,
-        )  # fmt: skip
+    if best != "source" and "source" in curves:
+        gap = {"color": colours[best], "alpha": 0.10, "linewidth": 0}
+        axes.fill_between(range(len(domains)), curves["source"], curves[best], **gap)
     axes.set_xticks(range(len(domains)), [words.domain(name) for name in domains], rotation=28, ha="right")
-    axes.set_title(f"{line.model} at {words.width(line.bits)}, {line.form}: error along the stream", loc="left")
-    _finish(axes, theme, max(max(errors.values()) for errors in line.errors.values()))
+    highest = max(error for errors in line.errors.values() for error in errors.values())
+    _finish(axes, theme, f"{words.label(line)}: error along the stream", highest)
 
 
 def _draw_means(axes, lines, colours, theme):
@@ -81,17 +79,18 @@ def _draw_means(axes, lines, colours, theme):
         places = {group + left: line for group, line in enumerate(shown.values()) if adapter in line.rows}
         heights = [line.error(adapter) for line in places.values()]
         bars = axes.bar(list(places), heights, size * 0.9, align="edge", color=colours[adapter])
-        axes.bar_label(bars, fmt="%.1f", padding=1.5, fontsize=8.5, color=theme["ink"])
+        paper = {"facecolor": theme["paper"], "edgecolor": "none", "pad": 0.6}
+        axes.bar_label(bars, fmt="%.1f", padding=2.5, fontsize=8.5, color=theme["ink"], bbox=paper, zorder=4)
         for x, line in places.items():
             error = nearest[line.bits].error(adapter) if line.bits in nearest else None
             if error is not None and line.method != "rtn":
                 axes.hlines(error, x, x + size * 0.9, color=theme["ink"], linewidth=1.6, linestyle=(0, (2, 1)))
     sizes = [f"\n{words.kilobytes(line.bytes)}" if line.bytes else "" for line in shown.values()]
     axes.set_xticks(range(len(shown)), [words.width(bits) + size for bits, size in zip(shown, sizes, strict=True)])
-    axes.set_title(f"{lines[0].model}: mean error", loc="left")
     if any(line.method != "rtn" for bits, line in shown.items() if bits in nearest):
         axes.plot([], [], color=theme["ink"], linewidth=1.6, linestyle=(0, (2, 1)), label="round to nearest")
-    _finish(axes, theme, max(line.error(a) for line in (*shown.values(), *nearest.values()) for a in line.rows))
+    highest = max(line.error(a) for line in (*shown.values(), *nearest.values()) for a in line.rows)
+    _finish(axes, theme, f"{lines[0].model}: mean error and file size", highest)
 
 
 def _one_a_width(lines):
@@ -103,11 +102,11 @@ def _one_a_width(lines):
     return chosen
 
 
-def _finish(axes, theme, top):
+def _finish(axes, theme, title, highest):
     axes.set_facecolor(theme["paper"])
-    axes.set_ylim(0, max(1.0, top) * 1.12)
+    axes.set_ylim(0, max(1.0, highest) * 1.12)
     axes.set_ylabel("error, %", color=theme["faint"])
-    axes.title.set(color=theme["ink"], fontsize=12, fontweight="bold")
+    axes.set_title(title, loc="left", color=theme["ink"], fontsize=12, fontweight="bold", pad=10)
     axes.grid(axis="y", color=theme["grid"], linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=theme["faint"], length=0, labelsize=9.5)

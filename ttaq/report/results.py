@@ -113,15 +113,22 @@ class Results:
         """Read one file that `write` wrote, or several into one.
 
         Raises:
-            ValueError: A file is missing or of another kind.
+            ValueError: A file is missing or of another kind, or two hold the same row.
         """
         first, *others = [_read(Path(path)) for path in paths]
         for other in others:
+            first._refuse_repeated(other.rows)
             first.rows += other.rows
             first.errors += other.errors
             first.stages |= other.stages
             first.notes += [note for note in other.notes if note not in first.notes]
         return first
+
+    def _refuse_repeated(self, rows):
+        for row in rows:
+            if any(all(row[key] == own[key] for key in KEYS[:5]) for own in self.rows):
+                what = " ".join(row[key] for key in KEYS[:5])
+                raise ValueError(f"report: two files hold the row {what}; give one of them")
 
 
 def _read(path: Path) -> Results:
