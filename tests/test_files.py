@@ -41,6 +41,17 @@ def test_a_failed_writer_leaves_the_old_file(tmp_path):
     assert os.listdir(tmp_path) == ["model.safetensors"]
 
 
+def test_a_writer_that_hides_its_file_does_not_decide_the_mode(tmp_path):
+    (tmp_path / "plain").write_bytes(b"x")
+
+    def write(path):
+        path.write_bytes(b"y")
+        path.chmod(0o600)
+
+    path = write_atomically(tmp_path / "file", write)
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_a_link_is_followed(tmp_path):
     (tmp_path / "real").write_bytes(b"old")
     (tmp_path / "link").symlink_to(tmp_path / "real")

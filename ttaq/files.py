@@ -39,10 +39,13 @@ def write_atomically(path: str | os.PathLike, content: bytes | Callable[[Path], 
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{target.stem}.{secrets.token_hex(6)}{target.suffix}")
     try:
+        draft.touch()
+        mode = draft.stat().st_mode  # what the umask grants; some writers make their files private
         if isinstance(content, bytes):
             draft.write_bytes(content)
         else:
             content(draft)
+        draft.chmod(mode)
         _reach_disk(draft)
         os.replace(draft, target)
         _reach_disk(target.parent)
