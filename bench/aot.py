@@ -14,7 +14,13 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
+from itertools import product
 from pathlib import Path
+
+import torch
+from ttaq.kernels import codes as cd
+from ttaq.kernels import packed_conv2d as pc
+from ttaq.kernels import packed_linear as pl
 
 ARCHITECTURES = (80, 90)
 
@@ -26,7 +32,7 @@ class Variant:
     `args` maps each parameter of the kernel to its type ("*fp32", "i32", "i32:16" where it is a multiple of 16) or, for
     what is constant, to its value; pointers are 16-byte aligned. `exact`: its codes must not depend on a fused
     multiply-add or an approximate division. `wide`: it must load 16 bytes at a time. `tensor_core`: the instructions
-    one of which it must use, by architecture.
+    one of which it must use, by architecture. `registers`: the ceiling that the launch names.
     """
 
     module: str
@@ -38,6 +44,7 @@ class Variant:
     exact: bool = True
     wide: bool = True
     tensor_core: dict = field(default_factory=dict)
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,90 @@ def _soft_round_variants() -> Iterator[Variant]:
             yield _tiled("soft_round", kernel, layout, dict.fromkeys(parameters, "*fp32"), **constants)
 
 
-VARIANTS: list[Variant] = [*_fake_quant_variants(), *_soft_round_variants()]
+def _codes_variants() -> Iterator[Variant]:
+    pointers = {"scale_ptr": "*fp32", "zero_ptr": "*i32", "code_ptr": "*u8", "partial_ptr": "*i32"}
+    for dtype in ("fp32", "bf16"):
+        for layout in ("per tensor", "per row", "per column"):
+            constants = {"x_ptr": f"*{dtype}", "BLOCK_W": cd.TILE // _LAYOUTS[layout]["BLOCK_R"], **_LAYOUTS[layout]}
+            yield _tiled("codes", "_quantize_codes_kernel", f"{dtype}, {layout}", pointers, **constants)
+    sizes = {"code_ptr": "*u8", "word_ptr": "*u8", "n": "i32:16", "k": "i32:16", "row_bytes": "i32:16"}
+    for verb, bits in product(("pack", "unpack"), cd.PACKABLE):
+        args = {**sizes, "BITS": bits, "BLOCK": cd.BLOCK}
+        yield Variant("codes", f"_{verb}_codes_kernel", f"{bits} bits", args, wide=False)
+
+
+_MMA = {"u8": {80: ("IMMA",), 90: ("IGMMA",)}, "bf16": {80: ("HMMA",), 90: ("HGMMA",)}, "fp32": {}}
+_TORCH = {"u8": torch.uint8, "bf16": torch.bfloat16, "fp32": torch.float32}
+_WEIGHT = {"word_ptr": "*u8", "scale_ptr": "*fp32", "zero_ptr": "*i32"}
+
+
+def _packed_args(x, bits, even):
+    """Describe what the forward kernels of both packed layers take; codes of activations have 8 bits."""
+    integer, rows = x == "u8", "i32:16" if even else "i32"
+    pointers = {"x_ptr": f"*{x}", **_WEIGHT, "bias_ptr": "*fp32", "y_ptr": "*bf16" if integer else f"*{x}"}
+    grid = {"x_scale_ptr": "*fp32" if integer else None, "x_zero_ptr": "*i32" if integer else None}
+    sizes = {"M": "i32", "N": "i32:16", "K": rows, "row_bytes": rows, "EVEN": even}
+    wide = {"INTEGER": integer, "BITS": bits, "WIDE_W": bits == 8, "WIDE_X": True, "BIAS": True}
+    return {**pointers, **grid, **sizes, **wide}
+
+
+def _packed_linear_variants() -> Iterator[Variant]:
+    large = [(x, bits, 4096, 0, 768) for x, bits in product(("u8", "bf16"), cd.PACKABLE)]
+    special = [("u8", 4, 16, 0, 768), ("u8", 4, 200, 128, 768), ("u8", 4, 4096, 48, 768), ("u8", 8, 4096, 0, 771)]
+    special += [("bf16", 4, 16, 0, 768), ("bf16", 3, 4096, 128, 768), ("bf16", 4, 4096, 0, 770)]
+    for x, bits, m, group, k in [*large, *special, ("fp32", 4, 4096, 0, 768), ("fp32", 3, 4096, 32, 768)]:
+        n, rows, depth, warps, stages = pl._tiles(m, group or k, _TORCH[x], group)
+        even = (group or k) % depth == 0
+        args = {**_packed_args(x, bits, even), "group": "i32:16", "stride_xm": "i32:16" if even else "i32"}
+        args |= {"token": "i32", "GROUPED": group > 0, "BLOCK_N": n, "BLOCK_M": rows, "BLOCK_K": depth}
+        name = f"{x}, {bits} bits, M {m}, K {k}" + (f", groups of {group}" if group else "")
+        ceiling = pl.FLOAT32_REGISTERS if x == "fp32" else None
+        yield Variant(
+            "packed_linear", "_packed_linear_kernel", name, args, warps, stages, x == "u8", even, _MMA[x], ceiling
+        )
+    sizes = {"M": "i32", "N": "i32:16", "K": "i32:16", "row_bytes": "i32:16", "group": "i32:16", "stride_gm": "i32:16"}
+    for x, bits, grouped in [("bf16", b, False) for b in cd.PACKABLE] + [("bf16", 4, True), ("fp32", 3, True)]:
+        m, n, k = pl._backward_tiles(_TORCH[x])
+        tiles = {"BITS": bits, "GROUPED": grouped, "BLOCK_N": n, "BLOCK_M": m, "BLOCK_K": k}
+        args = {"grad_ptr": f"*{x}", "dx_ptr": f"*{x}", **_WEIGHT, **sizes, **tiles}
+        name = f"{x}, {bits} bits" + (", groups" if grouped else "")
+        yield Variant("packed_linear", "_packed_linear_backward_kernel", name, args, 4, 2, False, False, _MMA[x])
+
+
+def _packed_conv2d_variants() -> Iterator[Variant]:
+    strides = [f"stride_{of}" for of in ("xb", "xc", "xh", "xw", "yb", "yc", "yp", "gb", "gc", "gh", "gw")]
+    pairs = [f"{of}_{side}" for of in ("step", "pad", "dilation") for side in "hw"]
+    sizes = dict.fromkeys(("H", "W", "OH", "OW", *strides, *pairs), "i32")
+    taken = [(x, bits, 3, 64) for x, bits in product(("u8", "bf16"), cd.PACKABLE)]
+    taken += [("u8", 8, 7, 64), ("u8", 4, 3, 1), ("bf16", 4, 1, 64), ("fp32", 4, 3, 64), ("fp32", 3, 3, 1)]
+    for x, bits, taps, channels in taken:
+        rows, m, depth = pc._tiles(channels, _TORCH[x])
+        shape = {**sizes, "R": taps, "S": taps, "BLOCK_M": m}
+        name = f"{x}, {bits} bits, {taps}x{taps}" + ("" if channels > 1 else ", depthwise")
+        mma = _MMA[x] if channels > 1 else dict.fromkeys(_MMA[x], ("IMMA",))
+        args = {**_packed_args(x, bits, taps == 1), **shape, "BLOCK_N": rows, "BLOCK_K": depth}
+        yield Variant("packed_conv2d", "_packed_conv2d_kernel", name, args, 4, 2, x == "u8", False, mma)
+        if x != "u8":
+            args = {
+                "grad_ptr": f"*{x}",
+                "dx_ptr": f"*{x}",
+                **_WEIGHT,
+                "M": "i32",
+                "N": "i32:16",
+                "C": "i32:16",
+                **shape,
+            }
+            args |= {"row_bytes": "i32", "BITS": bits, "BLOCK_C": rows, "BLOCK_N": depth}
+            yield Variant("packed_conv2d", "_packed_conv2d_backward_kernel", name, args, 4, 2, False, False, _MMA[x])
+
+
+VARIANTS: list[Variant] = [
+    *_fake_quant_variants(),
+    *_soft_round_variants(),
+    *_codes_variants(),
+    *_packed_linear_variants(),
+    *_packed_conv2d_variants(),
+]
 
 
 def collect(variants: list[Variant] | None = None) -> list[Row]:
@@ -152,6 +242,7 @@ def _compile(variant, arch):
             attributes[(at,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constants, attributes)
     options = {"num_warps": variant.warps, "num_stages": variant.stages, "enable_fp_fusion": not variant.exact}
+    options |= {} if variant.registers is None else {"maxnreg": variant.registers}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 

@@ -193,7 +193,7 @@ def launch(
             BLOCK_K=block_k,
             num_warps=4,
             num_stages=2,
-            enable_fp_fusion=False,
+            enable_fp_fusion=x_scale is None,
         )
     return y
 
@@ -242,7 +242,6 @@ def launch_backward(grad, words, scale, zero, bits, input_shape, kernel_size, st
             BLOCK_C=block_c,
             num_warps=4,
             num_stages=2,
-            enable_fp_fusion=False,
         )
     return dx
 
@@ -265,5 +264,6 @@ def _refuses_size(x, groups):
 
 def _tiles(channels, dtype):
     """Choose the tile: (channels of a group, pixels, contraction)."""
-    rows = triton.next_power_of_2(channels)
-    return (min(64, max(32, rows)), 32, 32) if dtype == torch.float32 else (min(64, max(16, rows)), 64, 32)
+    if dtype == torch.float32:
+        return (64, 32, 32) if channels > 32 else (32, 32, 16)
+    return min(64, max(16, triton.next_power_of_2(channels))), 64, 32

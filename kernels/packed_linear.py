@@ -13,6 +13,8 @@ from ._tiles import activation_operand, exact_sum, load_codes, weight_operand, w
 from ._triton import jit, tl, triton
 from .codes import exact_product, refuses_sum, refuses_words, stored_codes
 
+FLOAT32_REGISTERS = 200  # a ceiling that is named keeps ptxas from spilling a few registers to fit more warps
+
 
 @without_autocast
 def reference(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits, dtype):
@@ -180,7 +182,8 @@ def launch(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits, dt
             BLOCK_K=block_k,
             num_warps=warps,
             num_stages=stages,
-            enable_fp_fusion=False,
+            maxnreg=FLOAT32_REGISTERS if rows.dtype == torch.float32 else None,
+            enable_fp_fusion=not integer,
         )
     return y
 
@@ -201,7 +204,7 @@ def launch_backward(grad, words, scale, zero, bits, group, k):
     dx = grad.new_empty((*grad.shape[:-1], k))
     if dx.numel() == 0:
         return dx
-    block_m, block_n, block_k = (32, 16, 64) if grad.dtype == torch.float32 else (64, 64, 64)
+    block_m, block_n, block_k = _backward_tiles(grad.dtype)
     with torch.cuda.device_of(grad):
         _packed_linear_backward_kernel[(triton.cdiv(k, block_k) * triton.cdiv(m, block_m),)](
             rows,
@@ -222,7 +225,6 @@ def launch_backward(grad, words, scale, zero, bits, group, k):
             BLOCK_K=block_k,
             num_warps=4,
             num_stages=2,
-            enable_fp_fusion=False,
         )
     return dx
 
@@ -247,3 +249,8 @@ def _tiles(m, span, dtype, group):
     if group or span % 64:
         return 64, block_m, 32, 4, 3
     return (64, block_m, 64, 4, 3) if m < 1024 else (128, 128, 64, 8, 3)
+
+
+def _backward_tiles(dtype):
+    """Choose (BLOCK_M, BLOCK_N, BLOCK_K)."""
+    return (32, 16, 64) if dtype == torch.float32 else (64, 64, 64)
