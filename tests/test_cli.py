@@ -199,6 +199,7 @@ def test_bad_input_about_the_checkpoint_and_its_data(folder, tmp_path):
     assert "name must be one of gaussian_noise" in refused("evaluate", path, *ask, "--stream", "rain")
     assert "method must be one of source, norm, tent" in refused("evaluate", path, *ask, "--adapter", "luck")
     assert "source does not know lr" in refused("evaluate", path, *ask, "--lr", "0.1")
+    assert "device: 'warp' cannot be used here" in refused("evaluate", path, *ask, "--device", "warp")
     assert "images must be 1 to 24" in refused("evaluate", path, *ask, "--images", 25)
     assert "another architecture" in refused("evaluate", path, "--data", folder, "--model", "ttaq.models:ViT")
     (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:-9])
@@ -214,6 +215,29 @@ def test_a_model_with_nothing_to_quantise_is_refused_and_nothing_written(folder,
     args = ["--data", folder / "clean.npz", "--out", tmp_path / "out.safetensors"]
     assert "no nn.Linear or nn.Conv2d" in refused("quantize", "test_cli:Bare", *args)
     assert list(tmp_path.iterdir()) == []
+
+
+class Picky(nn.Module):
+    """A model for images of one size, and one that returns something else than logits."""
+
+    def __init__(self, wrapped=False):
+        super().__init__()
+        self.head, self.wrapped = nn.Linear(3 * 64, 3), wrapped
+
+    def forward(self, x):
+        y = self.head(x[:, :, :8, :8].flatten(1) if self.wrapped else x.flatten(1))
+        return {"logits": y} if self.wrapped else y
+
+
+def wrapped():
+    """Build the one that returns a dict."""
+    return Picky(wrapped=True)
+
+
+def test_a_model_that_cannot_serve_the_images_is_refused_before_any_work(folder, tmp_path):
+    args = ["--data", folder / "clean.npz", "--out", tmp_path / "out.safetensors"]
+    assert "the model cannot run on 32x32 images (" in refused("quantize", "test_cli:Picky", *args)
+    assert "it must return logits (images, classes), got dict" in refused("quantize", "test_cli:wrapped", *args)
 
 
 def test_broken_images_are_named(tmp_path):

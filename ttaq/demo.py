@@ -101,6 +101,7 @@ def run_demo(out: str | Path = "ttaq-demo", settings: Settings | None = None, *,
             demo.run(name)
     demo.note_equality()
     write_images(load_digits("test"), demo.out / "digits.npz")
+    demo.results.stages["streams"] = round(sum(row["seconds"] for row in demo.results.rows), 3)
     demo.results.stages["whole demo"] = round(time.perf_counter() - demo.start, 3)
     write_report(demo.results, demo.out)
     return demo.results
@@ -139,11 +140,13 @@ class _Demo:
         self.results = Results("ttaq demo: digits that change", shown, describe_machine())
         self.differences: dict[str, float] = {}
         self.bars = make_bars(console)
+        rows = len(settings.adapters) * (1 + 3 * len(settings.bits))
+        self.whole = self.bars.add_task("demo", total=len(NETWORKS) * (1 + len(settings.bits) + rows))
+        self.now = self.bars.add_task("", total=None)
 
     def run(self, name: str) -> None:
         """Measure one network: in float, then at each width."""
         bits = self.settings.bits
-        self.evaluations = self.bars.add_task(f"{name}: streams", total=None)
         with self.stage(f"{name}: train", self.epochs(name)) as advance:
             model, path = fetch_trained(
                 NETWORKS[name], self.train, self.training(name), self.out / "models", name, progress=advance
@@ -154,7 +157,6 @@ class _Demo:
         self.measure(model, row | {"form": "float", "bytes": path.stat().st_size})
         for width in bits:
             self.quantise(name, model, width)
-        self.bars.remove_task(self.evaluations)
 
     def quantise(self, name: str, model: nn.Module, bits: str) -> None:
         """Measure one width: rounded to nearest, reconstructed, and packed, saved and loaded again."""
@@ -182,6 +184,7 @@ class _Demo:
     def measure(self, model: nn.Module, row: dict) -> None:
         """Add a row for each adapter that has something to adapt."""
         for adapter in self.settings.adapters:
+            self.bars.advance(self.whole)
             if adapter == "norm" and not has_batch_statistics(model):
                 continue
             options = {} if adapter in ("source", "norm") else {"lr": self.settings.lr}
@@ -192,8 +195,8 @@ class _Demo:
     def evaluate(self, model: nn.Module, what: str) -> Result:
         """Run a model over the stream, with a bar."""
         total = self.settings.images * len(self.settings.corruptions)
-        self.bars.reset(self.evaluations, total=total, description=what)
-        return evaluate(model, self.stream, progress=lambda images: self.bars.advance(self.evaluations, images))
+        self.bars.reset(self.now, total=total, description=what)
+        return evaluate(model, self.stream, progress=lambda images: self.bars.advance(self.now, images))
 
     def compare(self, what: str, simulated: nn.Module, packed: nn.Module) -> None:
         """Measure how far a packed model, read from its file, is from the fake-quantised one on clean images."""
@@ -220,12 +223,12 @@ class _Demo:
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator:
-        """Time a stage and show it on a bar of its own."""
-        task = self.bars.add_task(name, total=total)
+        """Time a stage and show it on the lower bar."""
+        self.bars.reset(self.now, total=total, description=name)
         start = time.perf_counter()
-        yield lambda step: self.bars.advance(task, step)
+        yield lambda step: self.bars.advance(self.now, step)
         self.results.stages[name] = round(time.perf_counter() - start, 3)
-        self.bars.remove_task(task)
+        self.bars.advance(self.whole)
 
 
 def has_batch_statistics(model: nn.Module) -> bool:

@@ -70,6 +70,7 @@ def quantize_reference(
         ValueError: A name, a file, the images or the recipe do not serve; nothing is written then.
     """
     Recipe.parse(bits)
+    check_device(device)
     options = {} if num_classes is None else {"num_classes": num_classes}
     model = build_model(reference, weights, **options)
     chosen = preprocessing_of(model, reference, size=size, mean=mean, std=std)
@@ -78,7 +79,7 @@ def quantize_reference(
         raise ValueError(f"quantize: {data} holds corrupted images; give clean ones, class folders or an .npz file")
     picked = source.take(np.random.default_rng(seed).permutation(len(source))[:images])
     batches = [x.to(device) for x, _ in picked.batches(batch_size)]
-    outputs = check_outputs(model, batches[0].cpu(), source, data, named=classes is not None)
+    outputs = check_outputs(model, batches[0][:1].cpu(), source, data, named=classes is not None)
     settings = {"seed": seed} | ({} if steps is None else {"steps": steps}) if method == "qdrop" else {}
     learned = quantize(model.to(device), batches, bits, method=method, progress=progress, **settings)
     packed = pack(learned).cpu()
@@ -128,6 +129,7 @@ def evaluate_file(
     Raises:
         ValueError: The checkpoint or the images do not serve.
     """
+    check_device(device)
     header = read_header(path)
     reference = trusted_reference(path, header["reference"], reference)
     width = header["report"].get("options", {}).get("num_classes")
@@ -181,11 +183,33 @@ def trusted_reference(path: str | Path, written: str | None, given: str | None) 
     return written
 
 
-def check_outputs(model: nn.Module, x, images: Images, data, *, named: bool) -> int:
-    """Refuse classes that do not go with the model's logits; return how many logits there are."""
-    with torch.no_grad():
-        outputs = model(x[:1]).shape[-1]
-    count = len(images.classes)
+def check_outputs(model: nn.Module, x: torch.Tensor, images: Images, data, *, named: bool) -> int:
+    """Try the model on one image, and refuse classes that do not go with its logits.
+
+    Args:
+        model: What is to be quantised or evaluated.
+        x: (1, 3, H, W), on its device.
+        images: Clean or of one domain.
+        data: Where they come from, for messages.
+        named: Whether somebody said which class belongs to which logit.
+
+    Returns:
+        How many logits there are.
+
+    Raises:
+        ValueError: The model cannot run on the image, gives no logits, or has other classes.
+    """
+    try:
+        with torch.no_grad():
+            logits = model(x)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        wide, tall = x.shape[3], x.shape[2]
+        raise ValueError(f"data: the model cannot run on {wide}x{tall} images ({reason}); choose --size") from error
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
+        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ValueError(f"model: it must return logits (images, classes), got {got}; name a function that wraps it")
+    outputs, count = logits.shape[1], len(images.classes)
     numbered = images.classes == tuple(str(number) for number in range(count))
     if count > outputs or (count != outputs and not named and not numbered):
         raise ValueError(
@@ -193,3 +217,12 @@ def check_outputs(model: nn.Module, x, images: Images, data, *, named: bool) -> 
             "folder's name a line, in the order of the outputs, or build the model with --num-classes"
         )
     return outputs
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there, in one sentence."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device: {device!r} cannot be used here ({reason}); pass --device cpu") from error
