@@ -213,6 +213,18 @@ def test_moves_keep_the_grid_in_float32():
     assert PackedLinear(8, 4, device="meta").to_empty(device="cpu").scale.shape == (4,)
 
 
+@pytest.mark.parametrize("options", [{}, {"group": 4}])
+def test_a_packed_layer_shows_the_weight_behind_its_codes(options):
+    """Some models ask a layer for its weight's dtype before they call it."""
+    layer = settled(QuantLinear(8, 4, recipe=ttaq.Recipe.parse("w3a8", **options)), torch.randn(3, 8))
+    packed = PackedLinear.from_quantized(layer)
+    assert torch.equal(packed.weight, layer.weight_quantizer(layer.weight))
+    assert "weight" not in packed.state_dict()
+    conv = settled(QuantConv2d(4, 6, (3, 2), groups=2, bias=False), torch.randn(2, 4, 5, 5))
+    assert torch.equal(PackedConv2d.from_quantized(conv).weight, conv.weight_quantizer(conv.weight))
+    assert packed.bfloat16().weight.dtype == torch.bfloat16
+
+
 def test_a_deep_copy_is_its_own():
     layer = settled(QuantLinear(8, 4), torch.randn(3, 8))
     x = torch.randn(3, 8)

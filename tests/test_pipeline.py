@@ -155,6 +155,44 @@ def test_layers_alone_make_a_model_that_packs_saves_and_loads(learn, tmp_path):
     assert torch.equal(loaded(x), wanted)
 
 
+@pytest.mark.slow
+def test_a_hugging_face_vit(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.ViTConfig(image_size=16, patch_size=4, num_labels=5, **sizes)
+    torch.manual_seed(0)
+    model = transformers.ViTForImageClassification(config).eval()
+    batches = [{"pixel_values": images(), "labels": torch.zeros(8, dtype=torch.long)}]
+    quantised = ttaq.quantize(model, batches, "w4a8", **QUICK)
+    assert len(quantised.ttaq_report["blocks"]) >= 3
+    packed = ttaq.pack(quantised)
+    with torch.device("meta"):
+        architecture = transformers.ViTForImageClassification(config)
+    loaded = ttaq.load(ttaq.save(packed, tmp_path / "m.safetensors"), architecture)
+    x = images(seed=2)
+    with torch.no_grad():
+        wanted = quantised(pixel_values=x).logits
+        assert torch.equal(packed(pixel_values=x).logits, wanted)
+        assert torch.equal(loaded(pixel_values=x).logits, wanted)
+    adapter = ttaq.adapt(loaded, "tent", forward=lambda net, x: net(pixel_values=x).logits)
+    assert torch.equal(adapter(x), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rounding", ["adaround", "ste"])
+@pytest.mark.parametrize("name", list(BUILD))
+def test_half_precision_models(name, rounding, dtype):
+    model, x = BUILD[name][0]().to(dtype), input_of(name).to(dtype)
+    quantised = ttaq.quantize(model, [x], "w4a8", rounding=rounding, **QUICK | {"rounding_lr": 0.01})
+    packed = ttaq.pack(quantised)
+    with torch.no_grad():
+        y, wanted = packed(x), model(x)
+    assert y.dtype == dtype
+    assert torch.equal(y, quantised(x))
+    assert (y - wanted).float().square().mean() < 0.2 * wanted.float().var()
+    assert torch.isfinite(ttaq.adapt(packed, "tent")(x)).all()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", list(BUILD))
 def test_the_road_on_a_gpu(name, tmp_path):

@@ -6,13 +6,14 @@ that weights and scales receive gradients.
 """
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import ops
-from .quantizers import ActivationQuantizer, Gridded, WeightQuantizer
+from .quantizers import ActivationQuantizer, Gridded, WeightQuantizer, dequantise
 from .spec import QuantSpec, Recipe
 
 
@@ -177,6 +178,14 @@ class _PackedLayer(Gridded):
         new.nonfinite = torch.zeros((), dtype=torch.int64, device=layer.weight.device)
         return new.train(layer.training)
 
+    @property
+    def weight(self) -> Tensor:
+        """The dequantised weight, made anew at each look, for models that ask a layer for its weight's dtype."""
+        shape = self.weight_shape()
+        codes = ops.unpack_codes(self.words, self.spec.bits, math.prod(shape[1:]))
+        weight = dequantise(codes, self.scale, self.zero, self.spec.group).reshape(shape)
+        return weight if self.bias is None else weight.to(self.bias.dtype)
+
 
 class PackedLinear(_PackedLayer):
     """Linear layer whose weight is a bit stream of 2-, 3-, 4- or 8-bit codes; differentiable in its input.
@@ -198,6 +207,10 @@ class PackedLinear(_PackedLayer):
     def like(cls, layer: nn.Linear, recipe, device=None) -> "PackedLinear":
         """Build an empty packed layer of the sizes of `layer`."""
         return cls(layer.in_features, layer.out_features, layer.bias is not None, recipe=recipe, device=device)
+
+    def weight_shape(self) -> tuple[int, ...]:
+        """Return (N, K)."""
+        return self.out_features, self.in_features
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., K) to (..., N)."""
@@ -239,6 +252,10 @@ class PackedConv2d(_PackedLayer):
         """Build an empty packed layer of the sizes of `layer`."""
         arguments = {name: getattr(layer, name) for name in _GEOMETRY if not name.startswith("_")}
         return cls(**arguments, bias=layer.bias is not None, recipe=recipe, device=device)
+
+    def weight_shape(self) -> tuple[int, ...]:
+        """Return (O, C / groups, R, S)."""
+        return self.out_channels, self.in_channels // self.groups, *self.kernel_size
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, O, H', W')."""

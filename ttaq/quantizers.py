@@ -239,12 +239,13 @@ class StraightThrough(nn.Module):
 
     def __init__(self, weight: Tensor, quantizer: WeightQuantizer):
         super().__init__()
-        self.v = nn.Parameter(weight.detach().clone())
+        self.v = nn.Parameter(weight.detach().float().clone())  # half precision would lose the steps
 
     def forward(self, weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
         """Return the learned weight, fake-quantised."""
         scale = learning_scale(quantizer, weight.numel() // quantizer.scale.numel())
-        return ops.fake_quant(self.v, scale, quantizer.zero, qmin=0, qmax=quantizer.spec.qmax, **quantizer.layout)
+        y = ops.fake_quant(self.v, scale, quantizer.zero, qmin=0, qmax=quantizer.spec.qmax, **quantizer.layout)
+        return y.to(weight.dtype)
 
     def codes(self, weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
         """Round the learned weight to nearest."""
