@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from itertools import product
@@ -158,8 +159,15 @@ def _packed_conv2d_variants() -> Iterator[Variant]:
     strides = [f"stride_{of}" for of in ("xb", "xc", "xh", "xw", "yb", "yc", "yp", "gb", "gc", "gh", "gw")]
     pairs = [f"{of}_{side}" for of in ("step", "pad", "dilation") for side in "hw"]
     sizes = dict.fromkeys(("H", "W", "OH", "OW", *strides, *pairs), "i32")
-    taken = [(x, bits, 3, 64) for x, bits in product(("u8", "bf16"), cd.PACKABLE)]
-    taken += [("u8", 8, 7, 64), ("u8", 4, 3, 1), ("bf16", 4, 1, 64), ("fp32", 4, 3, 64), ("fp32", 3, 3, 1)]
+    taken = [("u8", bits, 3, 64) for bits in cd.PACKABLE]
+    taken += [
+        ("u8", 8, 7, 64),
+        ("u8", 4, 3, 1),
+        ("bf16", 3, 3, 64),
+        ("bf16", 4, 1, 64),
+        ("fp32", 4, 3, 64),
+        ("fp32", 3, 3, 1),
+    ]
     for x, bits, taps, channels in taken:
         rows, m, depth = pc._tiles(channels, _TORCH[x])
         shape = {**sizes, "R": taps, "S": taps, "BLOCK_M": m}
@@ -194,7 +202,9 @@ def collect(variants: list[Variant] | None = None) -> list[Row]:
     """Compile each variant for each architecture and read its row."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("bench/aot.py: TRITON_INTERPRET is set and nothing would be compiled; unset it")
-    return [_row(variant, arch) for variant in variants or VARIANTS for arch in ARCHITECTURES]
+    wanted = list(product(VARIANTS if variants is None else variants, ARCHITECTURES))
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(_row, [variant for variant, _ in wanted], [arch for _, arch in wanted]))
 
 
 def _row(variant, arch):

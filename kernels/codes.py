@@ -4,6 +4,8 @@ Code k of a row occupies bits ``k * bits .. k * bits + bits - 1`` of the row's s
 ``j % 8`` of byte ``j // 8``; rows are padded with zeros to a whole byte. This order is the one on disk.
 """
 
+from functools import partial
+
 import torch
 
 from . import _native
@@ -272,26 +274,6 @@ def unpack_launch_native(words, bits, k):
     return codes
 
 
-def pack_refuses_cpu(codes, bits):
-    """Say why the native CPU kernel cannot pack, or None."""
-    return _refuses_native("cpu", codes, bits)
-
-
-def pack_refuses_cuda(codes, bits):
-    """Say why the CUDA C kernel cannot pack, or None."""
-    return _refuses_native("cuda", codes, bits)
-
-
-def unpack_refuses_cpu(words, bits, k):
-    """Say why the native CPU kernel cannot unpack, or None."""
-    return _refuses_native("cpu", words, bits, row_bytes(k, bits))
-
-
-def unpack_refuses_cuda(words, bits, k):
-    """Say why the CUDA C kernel cannot unpack, or None."""
-    return _refuses_native("cuda", words, bits, row_bytes(k, bits))
-
-
 def _allocate(x, group):
     """Return the codes as the op allocates them, and `x` and the codes in the memory order that a kernel walks."""
     codes = torch.empty_like(x, dtype=torch.uint8)
@@ -303,11 +285,16 @@ def _allocate_words(codes, bits):
     return codes.contiguous(), codes.new_empty((*codes.shape[:-1], row_bytes(codes.shape[-1], bits)))
 
 
-def _refuses_native(device, tensor, bits, width=None):
+def _refuses_native(device, tensor, bits, k=None):
+    """Say why the native kernel of `device` cannot pack, or unpack rows of `k` codes, or None."""
     if tensor.device.type != device:
         return f"the tensor is on {tensor.device.type}; this implementation needs it on {device}"
     if bits not in _native.BITS:
         return f"bits is {bits}; the native kernels take 2, 3, 4 and 8"
-    if width is not None and tensor.shape[-1] != width:
-        return f"the rows have {tensor.shape[-1]} bytes; the kernel wants {width}"
+    if k is not None and tensor.shape[-1] != row_bytes(k, bits):
+        return f"the rows have {tensor.shape[-1]} bytes; {k} codes of {bits} bits fill {row_bytes(k, bits)}"
     return _native.reason(device)
+
+
+pack_refuses_cpu = unpack_refuses_cpu = partial(_refuses_native, "cpu")
+pack_refuses_cuda = unpack_refuses_cuda = partial(_refuses_native, "cuda")
