@@ -1,6 +1,7 @@
 """The cases of packed_linear and packed_conv2d: layers of ViT-B and ResNet-50 against torch's float and int8 layers."""
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 
 import torch
@@ -59,22 +60,8 @@ def _linear_case(name, m, n, k, bits, x_bits, device, *, quick=False, gradient=F
     def ours(x, words, scale, zero, bias, *grid):
         return ops.packed_linear(x, words, scale, zero, bias, bits=bits, **_grid(grid, x_bits))[0]
 
-    def raw(i):
-        x, *weight = i.args[:5]
-        if gradient:
-            return (i.grads[0], *weight[:3], bits, 0, k)
-        return (_codes(i, x_bits), *weight, bits, 0, *(i.args[5:] or (None, None)), x_bits or 8, x.dtype)
-
-    def exact(i):
-        args = raw(i)
-        if gradient:
-            return (i.grads[0].double() @ pl.dequantise(*i.args[1:4], bits, 0, k).double(),)
-        if x_bits:
-            return (pl.reference(*args),)
-        weight = pl.dequantise(*i.args[1:4], bits, 0, k).double()
-        return (F.linear(i.args[0].double(), weight, i.args[4].double()),)
-
     bind = backward if gradient else forward
+    raw = partial(_gradient_arguments if gradient else _linear_arguments, bits=bits, x_bits=x_bits)
     moved = n * k * bits // 8 + (m * k + m * n) * DTYPES[dtype].itemsize
     against = {
         "torch float32": lambda i: bind(F.linear)(_float_linear(i, bits, torch.float32)),
@@ -92,12 +79,30 @@ def _linear_case(name, m, n, k, bits, x_bits, device, *, quick=False, gradient=F
         ours=bind(ours),
         rivals=against,
         ceiling=copy_bytes(moved),
-        exact=exact,
+        exact=partial(_exact_linear, bits=bits, raw=raw, gradient=gradient),
         bytes=moved,
         flops=2 * m * n * k,
         integer=x_bits is not None,
         quick=quick,
     )
+
+
+def _linear_arguments(i, bits, x_bits):
+    x, *weight = i.args[:5]
+    return (_codes(i, x_bits), *weight, bits, 0, *(i.args[5:] or (None, None)), x_bits or 8, x.dtype)
+
+
+def _gradient_arguments(i, bits, x_bits):
+    return (i.grads[0], *i.args[1:4], bits, 0, i.args[0].shape[-1])
+
+
+def _exact_linear(i, bits, raw, gradient):
+    """Return what the integer law gives, or a product in float64."""
+    x, bias = i.args[0], i.args[4]
+    if len(i.args) > 5:
+        return (pl.reference(*raw(i)),)
+    weight = pl.dequantise(*i.args[1:4], bits, 0, x.shape[-1]).double()
+    return (i.grads[0].double() @ weight if gradient else F.linear(x.double(), weight, bias.double()),)
 
 
 def _conv_case(name, batch, n, c, size, image, stride, bits, x_bits, device):
