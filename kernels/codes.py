@@ -274,6 +274,11 @@ def unpack_launch_native(words, bits, k):
     return codes
 
 
+def unpacked(words, bits, k):
+    """Return words of one code a byte for `words` on the CPU, unpacked by the native kernel where they are packed."""
+    return words if words.shape[-1] == k else unpack_launch_native(words, bits, k)
+
+
 def _allocate(x, group):
     """Return the codes as the op allocates them, and `x` and the codes in the memory order that a kernel walks."""
     codes = torch.empty_like(x, dtype=torch.uint8)

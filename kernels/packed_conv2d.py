@@ -6,9 +6,10 @@ The integer law is that of `packed_linear`: exact integer sums, times ``scale_x 
 import torch
 from torch.nn import functional as F
 
+from . import _native
 from ._tiles import activation_operand, exact_sum, gather_codes, load_codes, weight_operand, without_autocast
 from ._triton import jit, tl, triton
-from .codes import exact_product, refuses_sum, refuses_words, stored_codes
+from .codes import exact_product, refuses_sum, refuses_words, stored_codes, unpacked
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -252,6 +253,24 @@ def refuses_backward(grad, words, scale, zero, bits, input_shape, kernel_size, s
         return f"grad is {grad.dtype}; the kernel takes float16, bfloat16 and float32"
     k = input_shape[1] // groups * kernel_size[0] * kernel_size[1]
     return _refuses_size(grad, groups) or refuses_words(words, bits, 0, k)
+
+
+def launch_cpu(x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, *args):
+    """Compute the reference on codes that the native kernel has unpacked."""
+    k = x.shape[1] // args[-2] * kernel_size[0] * kernel_size[1]
+    words = unpacked(words, bits, k)
+    return reference(x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, *args)
+
+
+def launch_cpu_backward(grad, words, scale, zero, bits, input_shape, kernel_size, *args):
+    """Compute the reference on codes that the native kernel has unpacked."""
+    k = input_shape[1] // args[-1] * kernel_size[0] * kernel_size[1]
+    return reference_backward(grad, unpacked(words, bits, k), scale, zero, bits, input_shape, kernel_size, *args)
+
+
+def refuses_cpu(*args):
+    """Say why the native kernel cannot unpack, or None."""
+    return _native.reason("cpu")
 
 
 def _refuses_size(x, groups):

@@ -9,9 +9,10 @@ import math
 import torch
 from torch.nn import functional as F
 
+from . import _native
 from ._tiles import activation_operand, exact_sum, load_codes, weight_operand, without_autocast
 from ._triton import jit, tl, triton
-from .codes import exact_product, refuses_sum, refuses_words, stored_codes
+from .codes import exact_product, refuses_sum, refuses_words, stored_codes, unpacked
 
 FLOAT32_REGISTERS = 200  # a ceiling that is named keeps ptxas from spilling a few registers to fit more warps
 
@@ -234,6 +235,21 @@ def refuses_backward(grad, words, scale, zero, bits, group, k):
     if grad.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"grad is {grad.dtype}; the kernel takes float16, bfloat16 and float32"
     return refuses_words(words, bits, 0, k)
+
+
+def launch_cpu(x, words, *args):
+    """Compute the reference on codes that the native kernel has unpacked."""
+    return reference(x, unpacked(words, args[3], x.shape[-1]), *args)
+
+
+def launch_cpu_backward(grad, words, scale, zero, bits, group, k):
+    """Compute the reference on codes that the native kernel has unpacked."""
+    return reference_backward(grad, unpacked(words, bits, k), scale, zero, bits, group, k)
+
+
+def refuses_cpu(*args):
+    """Say why the native kernel cannot unpack, or None."""
+    return _native.reason("cpu")
 
 
 def _rows(x, m, k):

@@ -69,6 +69,7 @@ PACKED_LINEAR = declare(
     "packed_linear(Tensor x, Tensor words, Tensor scale, Tensor zero, Tensor? bias, int bits, int group,"
     " Tensor? x_scale, Tensor? x_zero, int x_bits, ScalarType dtype) -> Tensor",
     Implementation("triton", pl.launch, gpu(pl.refuses)),
+    Implementation("cpu", pl.launch_cpu, cpu(pl.refuses_cpu)),
     Implementation("reference", pl.reference, never),
     fake=lambda x, words, *rest: x.new_empty((*x.shape[:-1], words.shape[0]), dtype=rest[-1]),
 )
@@ -76,6 +77,7 @@ PACKED_LINEAR_BACKWARD = declare(
     "packed_linear_backward(Tensor grad, Tensor words, Tensor scale, Tensor zero, int bits, int group, int k)"
     " -> Tensor",
     Implementation("triton", pl.launch_backward, gpu(pl.refuses_backward)),
+    Implementation("cpu", pl.launch_cpu_backward, cpu(pl.refuses_cpu)),
     Implementation("reference", pl.reference_backward, never),
     fake=lambda grad, *rest: grad.new_empty((*grad.shape[:-1], rest[-1])),
 )
@@ -83,6 +85,7 @@ PACKED_CONV2D = declare(
     "packed_conv2d(Tensor x, Tensor words, Tensor scale, Tensor zero, Tensor? bias, int bits, Tensor? x_scale,"
     f" Tensor? x_zero, int x_bits, {_CONV}, ScalarType dtype) -> Tensor",
     Implementation("triton", pc.launch, gpu(pc.refuses)),
+    Implementation("cpu", pc.launch_cpu, cpu(pc.refuses_cpu)),
     Implementation("reference", pc.reference, never),
     fake=pc.fake,
 )
@@ -90,6 +93,7 @@ PACKED_CONV2D_BACKWARD = declare(
     "packed_conv2d_backward(Tensor grad, Tensor words, Tensor scale, Tensor zero, int bits, int[] input_shape,"
     f" {_CONV}) -> Tensor",
     Implementation("triton", pc.launch_backward, gpu(pc.refuses_backward)),
+    Implementation("cpu", pc.launch_cpu_backward, cpu(pc.refuses_cpu)),
     Implementation("reference", pc.reference_backward, never),
     fake=lambda grad, words, scale, zero, bits, input_shape, *_: grad.new_empty(input_shape),
 )
