@@ -93,7 +93,7 @@ def test_a_page_shows_every_error_and_escapes_what_it_is_given(results):
 
 def test_findings_tell_gains_and_losses(results):
     text = " ".join(find(results))
-    assert "cnn W4A4 packed: mean error 34.0 % with source, 9.0 % with tent." in text
+    assert "cnn W4A4 packed: mean error 34.0 % unadapted, 9.0 % with tent." in text
     assert "60 kB, 0.15 of float" in text
     assert "cnn, W4A4: reconstruction brings the error without adaptation from 70.0 %" in text
     assert "No gain from tent on vit W4A4 packed (34.0 to 40.0 %)." in text
@@ -105,7 +105,7 @@ def test_reconstruction_that_did_harm_is_said():
     for method, error in (("rtn", 10.0), ("qdrop", 12.0)):
         row = {"model": "m", "bits": "w8a8", "method": method, "form": "fake-quantised", "bytes": None}
         made.add(Result({"fog": error}), clean_error=1.0, adapter="source", **row)
-    assert "No gain from reconstruction of m W8A8 (10.0 to 12.0 %)." in find(made)
+    assert "No gain from reconstruction of m W8A8, source (10.0 to 12.0 %)." in find(made)
     assert "brings" not in " ".join(find(made))
 
 

@@ -66,7 +66,7 @@ class Settings:
     clean: int = 300
     batch_size: int = 50
     severity: int = 5
-    steps: int = 150
+    steps: int = 200
     train: int = 1041
     calibration: int = 256
     epochs: int | None = None

@@ -56,9 +56,12 @@ def _draw_stream(axes, line: Line, colours, theme):
     """Draw one curve an adapter over the domains, in the order in which they were met."""
     domains = list(dict.fromkeys(name for errors in line.errors.values() for name in errors))
     curves = {adapter: [errors.get(name, math.nan) for name in domains] for adapter, errors in line.errors.items()}
-    for adapter, values in curves.items():
+    for number, (adapter, values) in enumerate(curves.items()):
+        thickness = max(1.6, 3.6 - number)  # later curves are thinner: those beneath show
         label = f"{adapter}, mean {line.error(adapter):.1f} %"
-        axes.plot(values, color=colours[adapter], marker="o", markersize=5, linewidth=2.2, label=label)
+        axes.plot(
+            values, color=colours[adapter], marker="o", markersize=3 + thickness, linewidth=thickness, label=label
+        )
     best = min(line.errors, key=line.error)
     if best != "source" and "source" in curves:
         gap = {"color": colours[best], "alpha": 0.10, "linewidth": 0}
@@ -74,23 +77,34 @@ def _draw_means(axes, lines, colours, theme):
     adapters = [name for name in colours if any(name in line.rows for line in shown.values())]
     nearest = {line.bits: line for line in lines if line.method == "rtn"}
     size = 0.8 / len(adapters)
+    highest = max(line.error(a) for line in (*shown.values(), *nearest.values()) for a in line.rows)
+    dashes = {"color": theme["ink"], "linewidth": 1.7, "linestyle": (0, (2, 1))}
     for number, adapter in enumerate(adapters):
         left = (number - len(adapters) / 2) * size
-        places = {group + left: line for group, line in enumerate(shown.values()) if adapter in line.rows}
-        heights = [line.error(adapter) for line in places.values()]
-        bars = axes.bar(list(places), heights, size * 0.9, align="edge", color=colours[adapter])
-        paper = {"facecolor": theme["paper"], "edgecolor": "none", "pad": 0.6}
-        axes.bar_label(bars, fmt="%.1f", padding=2.5, fontsize=8.5, color=theme["ink"], bbox=paper, zorder=4)
-        for x, line in places.items():
-            error = nearest[line.bits].error(adapter) if line.bits in nearest else None
-            if error is not None and line.method != "rtn":
-                axes.hlines(error, x, x + size * 0.9, color=theme["ink"], linewidth=1.6, linestyle=(0, (2, 1)))
+        for group, line in enumerate(shown.values()):
+            if adapter not in line.rows:
+                continue
+            axes.bar(group + left, line.error(adapter), size * 0.9, align="edge", color=colours[adapter])
+            _write(axes, group + left + size * 0.45, line.error(adapter), highest, theme)
+            other = nearest[line.bits].error(adapter) if line.bits in nearest else None
+            if other is not None and line.method != "rtn":
+                axes.hlines(other, group + left, group + left + size * 0.9, **dashes)
     sizes = [f"\n{words.kilobytes(line.bytes)}" if line.bytes else "" for line in shown.values()]
     axes.set_xticks(range(len(shown)), [words.width(bits) + size for bits, size in zip(shown, sizes, strict=True)])
     if any(line.method != "rtn" for bits, line in shown.items() if bits in nearest):
-        axes.plot([], [], color=theme["ink"], linewidth=1.6, linestyle=(0, (2, 1)), label="round to nearest")
-    highest = max(line.error(a) for line in (*shown.values(), *nearest.values()) for a in line.rows)
+        axes.plot([], [], label="round to nearest", **dashes)
     _finish(axes, theme, f"{lines[0].model}: mean error and file size", highest)
+
+
+def _write(axes, x, error, highest, theme):
+    """Write a bar's number inside it, or above it where it is low."""
+    inside = error > 0.15 * highest
+    style = {"ha": "center", "fontsize": 8.5, "zorder": 4, "textcoords": "offset points"}
+    if inside:
+        axes.annotate(f"{error:.1f}", (x, error), (0, -5), va="top", color="white", fontweight="bold", **style)
+    else:
+        paper = {"facecolor": theme["paper"], "edgecolor": "none", "pad": 0.6}
+        axes.annotate(f"{error:.1f}", (x, error), (0, 3), va="bottom", color=theme["ink"], bbox=paper, **style)
 
 
 def _one_a_width(lines):

@@ -40,7 +40,8 @@ def _packing(lines):
 
 
 def _errors(line):
-    return ", ".join(f"{words.percent(row['mean_error'])} % with {adapter}" for adapter, row in line.rows.items())
+    how = {adapter: "unadapted" if adapter == "source" else f"with {adapter}" for adapter in line.rows}
+    return ", ".join(f"{words.percent(line.error(adapter))} % {how[adapter]}" for adapter in line.rows)
 
 
 def _reconstruction(lines):
@@ -79,7 +80,9 @@ def _losses(lines):
                 found.append(f"{adapter} on {words.label(line)} ({base:.1f} to {row['mean_error']:.1f} %)")
     for model in dict.fromkeys(line.model for line in lines):
         for bits, (nearest, learned) in _pairs([line for line in lines if line.model == model]).items():
-            before, after = nearest.error("source"), learned.error("source")
-            if before is not None and after is not None and after > before:
-                found.append(f"reconstruction of {model} {words.width(bits)} ({before:.1f} to {after:.1f} %)")
+            for adapter in (name for name in nearest.rows if name in learned.rows):
+                before, after = nearest.error(adapter), learned.error(adapter)
+                if after > before:
+                    what = f"reconstruction of {model} {words.width(bits)}, {adapter}"
+                    found.append(f"{what} ({before:.1f} to {after:.1f} %)")
     return [f"No gain from {'; '.join(found)}."] if found else []
