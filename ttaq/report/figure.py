@@ -93,15 +93,15 @@ def _draw_means(axes, lines, colours, theme):
     axes.set_xticks(range(len(shown)), [words.width(bits) + size for bits, size in zip(shown, sizes, strict=True)])
     if any(line.method != "rtn" for bits, line in shown.items() if bits in nearest):
         axes.plot([], [], label="round to nearest", **dashes)
-    _finish(axes, theme, f"{lines[0].model}: mean error and file size", highest)
+    _finish(axes, theme, f"{lines[0].model}: mean error and file size", highest, legend="upper left")
 
 
 def _write(axes, x, error, highest, theme):
-    """Write a bar's number inside it, or above it where it is low."""
+    """Write a bar's number at its foot, or above it where it is low."""
     inside = error > 0.15 * highest
     style = {"ha": "center", "fontsize": 8.5, "zorder": 4, "textcoords": "offset points"}
     if inside:
-        axes.annotate(f"{error:.1f}", (x, error), (0, -5), va="top", color="white", fontweight="bold", **style)
+        axes.annotate(f"{error:.1f}", (x, 0), (0, 5), va="bottom", color="white", **style)
     else:
         paper = {"facecolor": theme["paper"], "edgecolor": "none", "pad": 0.6}
         axes.annotate(f"{error:.1f}", (x, error), (0, 3), va="bottom", color=theme["ink"], bbox=paper, **style)
@@ -116,7 +116,7 @@ def _one_a_width(lines):
     return chosen
 
 
-def _finish(axes, theme, title, highest):
+def _finish(axes, theme, title, highest, legend="upper right"):
     axes.set_facecolor(theme["paper"])
     axes.set_ylim(0, max(1.0, highest) * 1.12)
     axes.set_ylabel("error, %", color=theme["faint"])
@@ -127,4 +127,4 @@ def _finish(axes, theme, title, highest):
     for spine in axes.spines.values():
         spine.set_visible(False)
     if axes.get_legend_handles_labels()[1]:
-        axes.legend(frameon=False, labelcolor=theme["ink"], fontsize=10)
+        axes.legend(loc=legend, frameon=False, labelcolor=theme["ink"], fontsize=10)
