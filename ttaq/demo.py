@@ -34,7 +34,7 @@ def build_resnet() -> ResNet:
 
 def build_vit() -> ViT:
     """Build the demo's vision transformer, with random weights."""
-    return ViT(size=32, patch=8, width=64, depth=4, heads=4, classes=10)
+    return ViT(size=32, patch=8, width=64, depth=3, heads=4, classes=10)
 
 
 NETWORKS = {"resnet": build_resnet, "vit": build_vit}
@@ -63,10 +63,10 @@ class Settings:
     """
 
     images: int = 100
-    clean: int = 300
+    clean: int = 200
     batch_size: int = 50
     severity: int = 5
-    steps: int = 200
+    steps: int = 150
     train: int = 1041
     calibration: int = 256
     epochs: int | None = None
