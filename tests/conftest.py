@@ -10,6 +10,9 @@ import torch
 if not torch.cuda.is_available():  # where there is a GPU the kernels run compiled
     os.environ["TRITON_INTERPRET"] = "1"
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
+
 DATA = Path(__file__).parents[1].parent / "shared/data"
 
 
