@@ -51,7 +51,7 @@ def _reconstruction(lines):
         before, after = nearest.error("source"), learned.error("source")
         if before is not None and after is not None:
             gaps.append((before - after, bits, before, after))
-    if not gaps or max(gaps)[0] <= 0:
+    if not gaps or max(gaps)[0] < 0.1:
         return []
     _, bits, before, after = max(gaps)
     return [
