@@ -210,3 +210,15 @@ def test_every_builder_packs_and_returns(tmp_path):
         x = input_of(name, seed=2)
         with torch.no_grad():
             assert torch.equal(loaded(x), packed(x))
+
+
+def test_equal_runs_give_equal_contents(tmp_path):
+    paths = []
+    for run in ("one", "other"):
+        model = calibrated("resnet", "w4a4")
+        ttaq.reconstruct(model, [images(4)], steps=1, progress=False)
+        paths.append(ttaq.save(ttaq.pack(model), tmp_path / f"{run}.safetensors"))
+    one, other = paths
+    assert one.stat().st_size == other.stat().st_size
+    with safe_open(one, "pt") as first, safe_open(other, "pt") as second:
+        assert first.metadata() == second.metadata()  # the checksum over every tensor among them

@@ -57,7 +57,7 @@ def save(
         "preprocessing": dict(preprocessing) if preprocessing else None,
         "classes": classes,
         "layers": layers,
-        "report": report,
+        "report": _timeless(report),
     }
     tensors = _apart({name: t.detach().contiguous() for name, t in _tensors(model).items()})
     try:
@@ -79,7 +79,7 @@ def load(path: str | os.PathLike, model: nn.Module, *, device: str | torch.devic
         device: Where the tensors go.
 
     Returns:
-        The packed model, in eval mode; `model.ttaq_report` as it was when saved.
+        The packed model, in eval mode; `model.ttaq_report` as it was when saved, without the seconds taken.
 
     Raises:
         ValueError: The file is missing, truncated, foreign or changed, or belongs to another architecture.
@@ -143,6 +143,13 @@ def _opened(path, device="cpu"):
             yield file
     except SafetensorError as error:
         raise ValueError(f"load: {path} is truncated or no safetensors file ({error}); fetch it again") from error
+
+
+def _timeless(report):
+    """Leave out how long each block took, so that equal runs give equal contents."""
+    if "blocks" not in report:
+        return report
+    return report | {"blocks": [{k: v for k, v in row.items() if k != "seconds"} for row in report["blocks"]]}
 
 
 def _describe(name, module):
