@@ -137,7 +137,20 @@ def test_weights_without_activations_and_the_reverse():
         (None, "wanted a re-iterable of batches, got NoneType; pass a list of image tensors"),
         (3, "wanted a re-iterable of batches, got int"),
     ],
-    ids="nothing spent no-image nan infinite nan-pair text none-inside empty-pair empty-dict none number".split(),
+    ids=[
+        "nothing",
+        "spent",
+        "no-image",
+        "nan",
+        "infinite",
+        "nan-pair",
+        "text",
+        "none-inside",
+        "empty-pair",
+        "empty-dict",
+        "none",
+        "number",
+    ],
 )
 def test_images_that_do_not_serve(batches, message):
     model = prepare(resnet())
