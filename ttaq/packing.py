@@ -4,6 +4,7 @@ from torch import nn
 
 from .files import fingerprint
 from .layers import PackedConv2d, PackedLinear, QuantConv2d, QuantLinear
+from .norms import forget_float
 from .surgery import copy_model, replace
 
 
@@ -40,6 +41,7 @@ def pack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     model = model if inplace else copy_model(model, lambda name, tensor: id(tensor) in weights)
     for name, layer in packed.items():
         replace(model, name, layer)
+    forget_float(model)
     report = model.ttaq_report = dict(getattr(model, "ttaq_report", {}))
     report.setdefault("fingerprint", architecture)
     report["packed"] = {name: layer.words.numel() for name, layer in packed.items()}

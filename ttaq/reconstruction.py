@@ -6,18 +6,16 @@ learning); Nagel et al., arXiv:2004.10568 (learned rounding).
 
 import math
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from .batches import Forward, call, collect
 from .blocks import Block, find_blocks, run_block
 from .caching import BlockCache
-from .layers import QuantConv2d, QuantLinear
+from .learning import check_ready, frozen, progress_bar, quant_layers, restored_on_failure, seeded, settings
 from .quantizers import ActivationQuantizer, AdaRound, Quantizer, StraightThrough, clamp_scales, disabled
 from .surgery import device_of, evaluating
 
@@ -88,22 +86,21 @@ def reconstruct(
     Raises:
         ValueError: The model is not calibrated, or the images do not serve; the model is then as it was.
     """
-    schedule = _chosen(schedule, options)
-    layers = _layers(model)
-    _check_ready(model, layers)
+    schedule = settings("reconstruct", Schedule, schedule, options)
+    check_ready("reconstruct", model)
     inputs = collect("reconstruct", batches, device_of(model))
     rows = []
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         evaluating(model),
-        _frozen(model),
-        _restored_on_failure(model),
-        _seeded(schedule.seed, device_of(model)),
+        frozen(model),
+        restored_on_failure(model),
+        seeded(schedule.seed, device_of(model)),
     ):
         blocks = find_blocks(model, inputs[0], forward)
         cache = BlockCache(model, inputs, forward)
-        with _bar(progress) as bar:
+        with progress_bar(progress) as bar:
             task = bar.add_task("reconstruct", total=len(blocks))
             for block in blocks:
                 bar.update(task, description=f"reconstruct {block.name}")
@@ -113,15 +110,6 @@ def reconstruct(
     report = model.ttaq_report = getattr(model, "ttaq_report", {})
     report |= {"blocks": rows, "schedule": asdict(schedule), "sqnr": sqnr}
     return report
-
-
-def _chosen(schedule, options):
-    known = [field.name for field in fields(Schedule)]
-    if unknown := [name for name in options if name not in known]:
-        raise ValueError(f"reconstruct: there is no option {', '.join(unknown)}; there are {', '.join(known)}")
-    if schedule is not None and options:
-        raise ValueError(f"reconstruct: give a schedule or its fields, not both; got {', '.join(options)} beside one")
-    return schedule or Schedule(**options)
 
 
 def _reconstruct_block(model, block: Block, cache: "BlockCache", schedule: Schedule) -> dict:
@@ -230,7 +218,7 @@ def layer_sqnr(model: nn.Module, entry, forward: Forward | None = None) -> dict[
         return hook
 
     with disabled(model), evaluating(model):
-        hooks = [layer.register_forward_hook(measure(name)) for name, layer in _layers(model).items()]
+        hooks = [layer.register_forward_hook(measure(name)) for name, layer in quant_layers(model).items()]
         try:
             call(model, entry, forward)
         finally:
@@ -244,63 +232,6 @@ def _block_loss(model, block, cache, x, targets):
     return round(_distance(cache.run(block, x), targets).item(), 6)
 
 
-def _layers(model, block: Block | None = None):
-    named = {n: m for n, m in model.named_modules() if isinstance(m, (QuantLinear, QuantConv2d))}
-    return named if block is None else {n: named[n] for n in block.layers if n in named}
-
-
-def _check_ready(model, layers):
-    waiting = [name for name, q in model.named_modules() if isinstance(q, Quantizer) and not q.ready]
-    if not layers or len(waiting) == len(_quantizers(model)):
-        raise ValueError("reconstruct: the model is not calibrated; call ttaq.prepare and ttaq.calibrate first")
-    if waiting:
-        raise ValueError(
-            f"reconstruct: layer {waiting[0].rpartition('.')[0]} has no ranges, because calibration never reached it; "
-            "exclude such layers in the recipe"
-        )
-
-
-def _quantizers(model):
-    return [m for m in model.modules() if isinstance(m, Quantizer)]
-
-
-@contextmanager
-def _frozen(model) -> Iterator[None]:
-    """Let no parameter of the model learn but those that are switched on inside."""
-    before = {p: p.requires_grad for p in model.parameters()}
-    for p in before:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p, learns in before.items():
-            p.requires_grad_(learns)
-            p.grad = None
-
-
-@contextmanager
-def _restored_on_failure(model) -> Iterator[None]:
-    """Put every quantiser back as it was when anything, an interrupt included, ends the work early."""
-    before = [(q, q.scale.detach().clone(), getattr(q, "codes", None)) for q in _quantizers(model)]
-    try:
-        yield
-    except BaseException:
-        for quantizer, scale, codes in before:
-            quantizer.scale.data.copy_(scale)
-            if isinstance(quantizer, ActivationQuantizer):
-                quantizer.drop = 0.0
-            else:
-                quantizer.codes, quantizer.rounding = codes, None
-        raise
-
-
-@contextmanager
-def _seeded(seed, device) -> Iterator[None]:
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
-def _bar(progress):
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, disable=not progress, transient=True)
+def _layers(model, block: Block):
+    named = quant_layers(model)
+    return {n: named[n] for n in block.layers if n in named}

@@ -1,0 +1,108 @@
+"""What the verbs that learn share: the layers at hand, and a model that is put back when the work ends early."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from .layers import QuantConv2d, QuantLinear
+from .norms import MOMENTS, batch_norms
+from .quantizers import ActivationQuantizer, Quantizer
+
+
+def quant_layers(model: nn.Module) -> dict[str, QuantLinear | QuantConv2d]:
+    """Name the quantised layers of a model."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, (QuantLinear, QuantConv2d))}
+
+
+def quantizers(model: nn.Module) -> list[Quantizer]:
+    """List the quantisers of a model."""
+    return [m for m in model.modules() if isinstance(m, Quantizer)]
+
+
+def check_ready(verb: str, model: nn.Module) -> None:
+    """Refuse a model that is not calibrated, or in which calibration did not reach a layer."""
+    waiting = [name for name, q in model.named_modules() if isinstance(q, Quantizer) and not q.ready]
+    if not quant_layers(model) or len(waiting) == len(quantizers(model)):
+        raise ValueError(f"{verb}: the model is not calibrated; call ttaq.prepare and ttaq.calibrate first")
+    if waiting:
+        raise ValueError(
+            f"{verb}: layer {waiting[0].rpartition('.')[0]} has no ranges, because calibration never reached it; "
+            "exclude such layers in the recipe"
+        )
+
+
+def settings(verb: str, kind: type, given: object | None, options: dict) -> object:
+    """Return the settings of a verb: an instance of `kind`, or one made of its fields; refuse both at once."""
+    known = [field.name for field in fields(kind)]
+    if unknown := [name for name in options if name not in known]:
+        raise ValueError(f"{verb}: there is no option {', '.join(unknown)}; there are {', '.join(known)}")
+    if given is not None and options:
+        raise ValueError(f"{verb}: give a schedule or its fields, not both; got {', '.join(options)} beside one")
+    return given or kind(**options)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter of the model learn but those that are switched on inside."""
+    before = {p: p.requires_grad for p in model.parameters()}
+    for p in before:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p, learns in before.items():
+            p.requires_grad_(learns)
+            p.grad = None
+
+
+@contextmanager
+def restored_on_failure(model: nn.Module) -> Iterator[None]:
+    """Put every quantiser and every statistic back when anything, an interrupt included, ends the work early."""
+    state = Learned(model)
+    try:
+        yield
+    except BaseException:
+        state.restore()
+        raise
+
+
+class Learned:
+    """A copy of all that learning changes in a model: scales, codes and running statistics.
+
+    Args:
+        model: A calibrated model.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._quantizers = [(q, q.scale.detach().clone(), getattr(q, "codes", None)) for q in quantizers(model)]
+        self._norms = [(n, [getattr(n, name).clone() for name in MOMENTS]) for n in batch_norms(model)]
+
+    def restore(self) -> None:
+        """Write the copy back."""
+        for quantizer, scale, codes in self._quantizers:
+            quantizer.scale.data.copy_(scale)
+            if isinstance(quantizer, ActivationQuantizer):
+                quantizer.drop = 0.0
+            else:
+                quantizer.codes, quantizer.rounding = codes, None
+        for norm, moments in self._norms:
+            for name, values in zip(MOMENTS, moments, strict=True):
+                getattr(norm, name).copy_(values)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw from a seed inside, and leave the global generators as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def progress_bar(shown: bool) -> Progress:
+    """Make the bar that shows how far the work has come."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, disable=not shown, transient=True)

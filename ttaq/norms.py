@@ -1,0 +1,81 @@
+"""BatchNorm while a quantised model is learned: batch statistics for a while, and statistics measured anew.
+
+The float model's statistics are kept beside the new ones, so that `quantizers.disabled` still gives the float model.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+MOMENTS = ("running_mean", "running_var")
+
+
+def batch_norms(module: nn.Module) -> list[_BatchNorm]:
+    """List the BatchNorm layers that hold running statistics."""
+    return [m for m in module.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+@contextmanager
+def live(norms: Iterable[_BatchNorm]) -> Iterator[None]:
+    """Normalise with the statistics of each batch while the context is open; what is stored stays."""
+    norms = list(norms)
+    before = [(norm.training, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        norm.train()
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, (training, momentum, count) in zip(norms, before, strict=True):
+            norm.train(training)
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
+
+
+@torch.no_grad()
+def measure_again(norms: Iterable[_BatchNorm], passes: Iterable[Callable[[], object]]) -> None:
+    """Replace running statistics by the mean of those of `passes`, each with the statistics of its own batch.
+
+    Source: the mean over calibration batches, as in Sun et al., Hybrid 8-bit Training, arXiv:1906.08871, and Nagel et
+    al., Overcoming Oscillations, arXiv:2203.11086, section 3 ("batch-norm re-estimation").
+
+    Args:
+        norms: Changed in place; the float model's statistics move to the buffers `float_mean` and `float_var`.
+        passes: Calls that run the model once on a batch each.
+    """
+    norms = list(norms)
+    if not norms:
+        return
+    for norm in norms:
+        _keep_float(norm)
+    sums = [[torch.zeros_like(getattr(norm, name)) for name in MOMENTS] for norm in norms]
+    count = 0
+    with live(norms):
+        for run in passes:
+            for norm in norms:
+                norm.momentum = 1.0
+            run()
+            count += 1
+            for norm, totals in zip(norms, sums, strict=True):
+                for total, name in zip(totals, MOMENTS, strict=True):
+                    total += getattr(norm, name)
+    for norm, totals in zip(norms, sums, strict=True):
+        for total, name in zip(totals, MOMENTS, strict=True):
+            getattr(norm, name).copy_(total / count)
+
+
+def forget_float(model: nn.Module) -> None:
+    """Drop the float model's statistics, whose weights are gone once a model is packed."""
+    for norm in batch_norms(model):
+        for name in ("float_mean", "float_var"):
+            norm._buffers.pop(name, None)
+            norm._non_persistent_buffers_set.discard(name)
+
+
+def _keep_float(norm: _BatchNorm) -> None:
+    if not hasattr(norm, "float_mean"):
+        for kept, name in zip(("float_mean", "float_var"), MOMENTS, strict=True):
+            norm.register_buffer(kept, getattr(norm, name).clone(), persistent=False)
