@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ._images import check_batch_size
+from ._segments import follow_one_another, shuffle
 from .corruptions import CORRUPTIONS, check_corruption, corrupt
 
 
@@ -152,34 +153,12 @@ def continual(
     Raises:
         ValueError: An argument is not as described, or a domain is missing.
     """
+    domains = _domains(source, corruptions, severity, seed, table, frost_folder, cache)
+    return Stream(domains, follow_one_another("continual", domains, images, seed, shuffle), batch_size)
+
+
+def _domains(source, corruptions, severity, seed, table, frost_folder, cache):
+    """Name the domains of a stream, made here of clean images."""
     if not hasattr(source, "domain"):
         source = Corrupted(source, seed=seed, table=table, frost_folder=frost_folder, cache=cache)
-    domains = [(name, source.domain(name, severity)) for name in corruptions]
-    return Stream(domains, follow_one_another(domains, images, seed), batch_size)
-
-
-def follow_one_another(domains, images, seed):
-    """Order each domain once, in turn: the same choice of images everywhere, shuffled anew in each.
-
-    Args:
-        domains: Pairs of a name and its `Images`.
-        images: How many a domain; None takes all.
-        seed: Of choice and order.
-
-    Returns:
-        List of (number of the domain, (n,) indices into it).
-
-    Raises:
-        ValueError: A domain holds fewer images than asked for.
-    """
-    order = []
-    for number, (name, domain) in enumerate(domains):
-        count = len(domain) if images is None else images
-        if not 0 < count <= len(domain):
-            raise ValueError(
-                f"continual: images must be 1 to {len(domain)}, as many as {name} holds, got {count}; "
-                "pass images=None for all"
-            )
-        chosen = np.random.default_rng(seed).permutation(len(domain))[:count]
-        order.append((number, np.random.default_rng([seed, number]).permutation(chosen)))
-    return order
+    return [(name, source.domain(name, severity)) for name in corruptions]
