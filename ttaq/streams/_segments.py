@@ -35,3 +35,44 @@ def follow_one_another(subject, domains, images, seed, arrange):
 def shuffle(chosen, labels, rng):
     """Give all images in random order, (n,)."""
     return rng.permutation(chosen)
+
+
+def correlate(chosen, labels, rng, *, concentration, slot):
+    """Give all images, (n,), slot after slot, the classes of each mixed by a Dirichlet draw of its own."""
+    shuffled = rng.permutation(len(chosen))
+    chosen, labels = chosen[shuffled], labels[shuffled]
+    names, left = np.unique(labels, return_counts=True)
+    waiting = [chosen[labels == name] for name in names]
+    slots = []
+    while left.any():
+        counts = _fill(left, min(slot, left.sum()), concentration, rng)
+        left = left - counts
+        taken = [waiting[k][left[k] : left[k] + counts[k]] for k in np.flatnonzero(counts)]
+        slots.append(rng.permutation(np.concatenate(taken)))
+    return np.concatenate(slots)
+
+
+def _fill(left, size, concentration, rng):
+    """Draw how many images of each class a slot takes, (C,), of those that are left, (C,).
+
+    What a class cannot give is drawn again from the others. The mix is kept in logarithms (a gamma variate of shape a
+    is one of shape a + 1 times a uniform to the power 1 / a): small shares do not vanish, so there are always some
+    to renormalise.
+    """
+    mix = np.log(rng.standard_gamma(concentration + 1, len(left))) - rng.standard_exponential(len(left)) / concentration
+    counts = np.zeros_like(left)
+    while missing := size - counts.sum():
+        there = np.flatnonzero(left > counts)
+        share = np.exp(mix[there] - mix[there].max())
+        drawn = rng.choice(there, missing, p=share / share.sum())
+        counts = np.minimum(counts + np.bincount(drawn, minlength=len(left)), left)
+    return counts
+
+
+def thin_out(chosen, labels, rng, *, ratio, seed):
+    """Give exponentially fewer images of one class after another, in random order, (m,); `seed` ranks the classes."""
+    names, counts = np.unique(labels, return_counts=True)
+    keys = np.random.default_rng([seed, 0, 1]).random(names[-1] + 1)  # a class has its key in every domain
+    ranks = keys[names].argsort().argsort()
+    kept = np.rint(counts.max() * float(ratio) ** (-ranks / max(len(names) - 1, 1))).astype(int).clip(1, counts)
+    return rng.permutation(np.concatenate([chosen[labels == name][:n] for name, n in zip(names, kept, strict=True)]))
