@@ -44,6 +44,26 @@ def test_errors_are_counted_per_domain():
     assert list(result.errors) == ["fog", "snow"]
 
 
+def test_errors_are_counted_per_class():
+    """Class 0: of 4 images two are wrong; class 1: none of 1; class 2, never guessed here: 1 of 1."""
+    stream = [*STREAM, batch([[1.0, 2.0, 0.0]], [2], "snow")]
+    result = evaluate(Echo(), stream)
+    assert result.class_images == {0: 4, 1: 1, 2: 1}
+    assert result.class_wrong == {0: 2, 1: 0, 2: 1}
+    assert list(result.class_images) == list(result.class_wrong) == [0, 1, 2]
+    assert result.mean_class_error == 50.0
+    assert result.errors == {"fog": 25.0, "snow": 100.0}
+    assert result.mean_error == 62.5
+    assert result.sample_error == 50.0
+
+
+def test_classes_and_domains_of_different_sizes_weigh_as_they_should():
+    result = Result({"a": 10.0, "b": 30.0}, {"a": 30, "b": 10}, 0.0, {4: 36, 7: 4}, {4: 2, 7: 4})
+    assert result.mean_error == 20.0
+    assert result.sample_error == 15.0
+    assert result.mean_class_error == pytest.approx((100 * 2 / 36 + 100) / 2)
+
+
 def test_an_image_with_nan_among_its_logits_is_an_error():
     stream = [batch([[torch.nan, 1.0], [torch.nan, torch.nan], [2.0, 1.0]], [0, 0, 0], "clean")]
     assert evaluate(Echo(), stream).errors["clean"] == pytest.approx(200 / 3)

@@ -26,7 +26,7 @@ from .pipeline import quantize
 from .preparation import prepare
 from .reconstruction import reconstruct
 from .spec import QuantSpec, Recipe
-from .streams import continual, corrupt
+from .streams import continual, correlated, corrupt, long_tailed
 
 __version__ = "0.1.0"
 
@@ -44,11 +44,13 @@ __all__ = [
     "backend",
     "calibrate",
     "continual",
+    "correlated",
     "corrupt",
     "evaluate",
     "explain",
     "find_blocks",
     "load",
+    "long_tailed",
     "pack",
     "prepare",
     "quantize",

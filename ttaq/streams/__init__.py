@@ -3,7 +3,7 @@
 from ._images import IMAGENET_MEAN, IMAGENET_STD, Images
 from .corruptions import CORRUPTIONS, corrupt
 from .datasets import CifarC, ImageNetC, load_digits, load_image_folder, load_npz
-from .order import Batch, Corrupted, Stream, continual
+from .order import Batch, Corrupted, Stream, continual, correlated, long_tailed
 
 __all__ = [
     "CORRUPTIONS",
@@ -16,8 +16,10 @@ __all__ = [
     "Images",
     "Stream",
     "continual",
+    "correlated",
     "corrupt",
     "load_digits",
     "load_image_folder",
     "load_npz",
+    "long_tailed",
 ]

@@ -4,12 +4,15 @@ A stream is an iterable of `Batch`. It is made of domains (named `Images`) and a
 (number of the domain, indices into it), each cut into batches. A new order is a new function that returns segments.
 """
 
+import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from ._images import check_batch_size
+from ._segments import correlate, follow_one_another, shuffle, thin_out
 from .corruptions import CORRUPTIONS, check_corruption, corrupt
 
 
@@ -152,34 +155,90 @@ def continual(
     Raises:
         ValueError: An argument is not as described, or a domain is missing.
     """
-    if not hasattr(source, "domain"):
-        source = Corrupted(source, seed=seed, table=table, frost_folder=frost_folder, cache=cache)
-    domains = [(name, source.domain(name, severity)) for name in corruptions]
-    return Stream(domains, follow_one_another(domains, images, seed), batch_size)
+    domains = _domains(source, corruptions, severity, seed, table, frost_folder, cache)
+    return Stream(domains, follow_one_another("continual", domains, images, seed, shuffle), batch_size)
 
 
-def follow_one_another(domains, images, seed):
-    """Order each domain once, in turn: the same choice of images everywhere, shuffled anew in each.
+def correlated(
+    source,
+    *,
+    concentration=0.1,
+    slot=50,
+    corruptions=CORRUPTIONS,
+    severity=5,
+    images=1000,
+    batch_size=200,
+    seed=0,
+    table="cifar",
+    frost_folder=None,
+    cache=True,
+):
+    """Let one corruption follow another, and in each let neighbours in time share their classes.
+
+    Streams of this kind: NOTE (Gong et al., arXiv:2208.05117) and RoTTA (Yuan et al., arXiv:2303.13899). A domain is
+    a sequence of slots; the mix of classes in each is drawn from a Dirichlet distribution and renormalised over the
+    classes that still have images. The seed chooses the images that `continual` meets, each met once a domain.
 
     Args:
-        domains: Pairs of a name and its `Images`.
-        images: How many a domain; None takes all.
-        seed: Of choice and order.
+        source: And all arguments not named here: as for `continual`.
+        concentration: Of the Dirichlet distribution: near 0, one class a slot; large, all alike.
+        slot: Images a slot; the last may be short. Within one the order is random; batches ignore where slots end.
 
     Returns:
-        List of (number of the domain, (n,) indices into it).
+        A `Stream`.
 
     Raises:
-        ValueError: A domain holds fewer images than asked for.
+        ValueError: An argument is not as described, or a domain is missing.
     """
-    order = []
-    for number, (name, domain) in enumerate(domains):
-        count = len(domain) if images is None else images
-        if not 0 < count <= len(domain):
-            raise ValueError(
-                f"continual: images must be 1 to {len(domain)}, as many as {name} holds, got {count}; "
-                "pass images=None for all"
-            )
-        chosen = np.random.default_rng(seed).permutation(len(domain))[:count]
-        order.append((number, np.random.default_rng([seed, number]).permutation(chosen)))
-    return order
+    if not 0 < concentration < math.inf:
+        raise ValueError(f"correlated: concentration must be positive and finite, got {concentration}; 0.1 is usual")
+    if slot < 1:
+        raise ValueError(f"correlated: slot must be at least 1, got {slot}; 50 is the default")
+    domains = _domains(source, corruptions, severity, seed, table, frost_folder, cache)
+    arrange = partial(correlate, concentration=concentration, slot=slot)
+    return Stream(domains, follow_one_another("correlated", domains, images, seed, arrange), batch_size)
+
+
+def long_tailed(
+    source,
+    *,
+    ratio=50,
+    corruptions=CORRUPTIONS,
+    severity=5,
+    images=1000,
+    batch_size=200,
+    seed=0,
+    table="cifar",
+    frost_folder=None,
+    cache=True,
+):
+    """Let one corruption follow another, with many images of a few classes and few of the others.
+
+    The class of rank r of C keeps ``n * ratio ** (-r / (C - 1))`` of its chosen images, rounded, at least one and at
+    most what it has; n is the size of the largest. The profile is that of Cui et al., arXiv:1901.05555; DELTA (Zhao
+    et al., arXiv:2301.13018) adapts to streams of this kind. The seed ranks the classes; ranks and images are the
+    same in every domain, shuffled anew in each.
+
+    Args:
+        source: And all arguments not named here: as for `continual`.
+        ratio: Of the most frequent class to the rarest, 1 or more.
+        images: How many a domain, before the tail is thinned out; None takes all.
+
+    Returns:
+        A `Stream`.
+
+    Raises:
+        ValueError: An argument is not as described, or a domain is missing.
+    """
+    if not ratio >= 1:
+        raise ValueError(f"long_tailed: ratio must be at least 1, got {ratio}; 10 to 100 is usual")
+    domains = _domains(source, corruptions, severity, seed, table, frost_folder, cache)
+    arrange = partial(thin_out, ratio=ratio, seed=seed)
+    return Stream(domains, follow_one_another("long_tailed", domains, images, seed, arrange), batch_size)
+
+
+def _domains(source, corruptions, severity, seed, table, frost_folder, cache):
+    """Name the domains of a stream, made here of clean images."""
+    if not hasattr(source, "domain"):
+        source = Corrupted(source, seed=seed, table=table, frost_folder=frost_folder, cache=cache)
+    return [(name, source.domain(name, severity)) for name in corruptions]
