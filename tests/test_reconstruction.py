@@ -6,9 +6,9 @@ from tiny import BUILDERS, Tied, Variety, assert_unchanged, calibrated, images, 
 from torch import nn
 
 import ttaq
-from ttaq import reconstruct, reconstruction
+from ttaq import blockwise, reconstruct, reconstruction
 from ttaq.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
-from ttaq.reconstruction import Schedule
+from ttaq.blockwise import Schedule
 
 QUICK = {"steps": 12, "batch_size": 4, "rounding_lr": 0.05, "progress": False}
 
@@ -246,7 +246,7 @@ def test_a_state_from_disk_without_pickles(tmp_path):
 def test_an_interrupt_leaves_the_model_as_it_was(monkeypatch, failure, when, rounding):
     model = calibrated("resnet", "w3a4").train()
     before, state = snapshot(model), torch.get_rng_state()
-    real, count = reconstruction._distance, []
+    real, count = reconstruction.squared_distance, []
 
     def interrupted(*args):
         count.append(1)
@@ -254,7 +254,8 @@ def test_an_interrupt_leaves_the_model_as_it_was(monkeypatch, failure, when, rou
             raise failure
         return real(*args)
 
-    monkeypatch.setattr(reconstruction, "_distance", interrupted)
+    monkeypatch.setattr(reconstruction, "squared_distance", interrupted)
+    monkeypatch.setattr(blockwise, "squared_distance", interrupted)
     with pytest.raises(failure):
         reconstruct(model, [input_of("resnet")], rounding=rounding, **QUICK)
     assert_unchanged(model, before)

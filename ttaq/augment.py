@@ -41,7 +41,7 @@ def shift_and_flip(x: torch.Tensor, generator: torch.Generator, pixels: int = 4)
     return moved.permute(0, 3, 1, 2).contiguous()
 
 
-def add_noise(x: torch.Tensor, generator: torch.Generator, snr: float = 20.0) -> torch.Tensor:
+def add_noise(x: torch.Tensor, generator: torch.Generator, snr: float | torch.Tensor = 20.0) -> torch.Tensor:
     """Add white Gaussian noise ``snr`` decibels below each image.
 
     ``y = x + rms(x) * 10^(-snr / 20) * n``, ``n ~ N(0, 1)``.
@@ -49,7 +49,7 @@ def add_noise(x: torch.Tensor, generator: torch.Generator, snr: float = 20.0) ->
     Args:
         x: (N, C, H, W), floating point.
         generator: On any device.
-        snr: Signal-to-noise ratio, dB.
+        snr: Signal-to-noise ratio, dB; or (N,), one an image.
 
     Returns:
         Like `x`.
@@ -60,7 +60,8 @@ def add_noise(x: torch.Tensor, generator: torch.Generator, snr: float = 20.0) ->
     _check("add_noise", x)
     noise = torch.randn(x.shape, generator=generator, device=generator.device).to(x)
     rms = x.float().square().mean(dim=(1, 2, 3), keepdim=True).sqrt().to(x.dtype)
-    return x + rms * 10 ** (-snr / 20) * noise
+    level = 10 ** (-torch.as_tensor(snr, dtype=torch.float64) / 20)
+    return x + rms * level.to(x).view(-1, *[1] * (x.dim() - 1)) * noise
 
 
 def change_light(

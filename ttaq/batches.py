@@ -52,6 +52,37 @@ def call(model: nn.Module, entry: Any, forward: Forward | None) -> Any:
     return model(**entry) if isinstance(entry, dict) else model(entry)
 
 
+def join(inputs: list) -> Any:
+    """Join the entries of `collect` into one: a tensor, or a dict of tensors, whose first axis counts the images."""
+    if isinstance(inputs[0], dict):
+        return {key: torch.cat([entry[key] for entry in inputs]) for key in inputs[0]}
+    return torch.cat(inputs)
+
+
+def take(entry: Any, picked: Tensor | slice) -> Any:
+    """Take some images of an entry."""
+    return {k: v[picked] for k, v in entry.items()} if isinstance(entry, dict) else entry[picked]
+
+
+def count(entry: Any) -> int:
+    """Count the images of an entry."""
+    return len(next(iter(entry.values())) if isinstance(entry, dict) else entry)
+
+
+def change_images(entry: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Apply a change to the images of an entry: its floating-point tensors (N, C, H, W); the rest stays."""
+    if isinstance(entry, dict):
+        return {k: change_images(v, change) for k, v in entry.items()}
+    return change(entry) if entry.ndim == 4 and entry.is_floating_point() else entry
+
+
+def choose(picked: Tensor, entry: Any, other: Any) -> Any:
+    """Take the images of `entry` where `picked` (N,), bool, says so, and those of `other` elsewhere."""
+    if isinstance(entry, dict):
+        return {k: choose(picked, v, other[k]) for k, v in entry.items()}
+    return torch.where(picked.to(entry.device).view(-1, *[1] * (entry.ndim - 1)), entry, other)
+
+
 def _input_of(verb, batch):
     if isinstance(batch, (tuple, list)) and batch:
         batch = batch[0]

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from .batches import Forward, call, collect
+from .batches import Forward, call, collect, count
 from .files import fingerprint
 from .layers import QuantConv2d, QuantLinear
 from .quantizers import ActivationQuantizer, Quantizer, disabled
@@ -45,7 +45,7 @@ def calibrate(model: nn.Module, batches: Iterable, *, forward: Forward | None = 
     unseen = sorted({name.rpartition(".")[0] for name, q in quantizers.items() if q not in reached})
     report = model.ttaq_report = getattr(model, "ttaq_report", {})
     report.setdefault("fingerprint", fingerprint(model))
-    report["calibration"] = {"images": sum(_length(entry) for entry in inputs), "unseen": unseen}
+    report["calibration"] = {"images": sum(count(entry) for entry in inputs), "unseen": unseen}
     return report
 
 
@@ -76,7 +76,3 @@ def _observe(model, inputs, quantizers, forward, seed):
         if not torch.isfinite(values).all():
             raise ValueError(f"calibrate: the input of {name} holds NaN or infinite values; check the model's weights")
     return gathered, reached
-
-
-def _length(entry):
-    return len(next(iter(entry.values())) if isinstance(entry, dict) else entry)

@@ -104,7 +104,7 @@ class QuantConv2d(_QuantLayer, nn.Conv2d):
         if self._simulates():
             x, weight = self._float_operands(x)
             return self._conv_forward(x, weight, self.bias)
-        x, padding = _pad(self, x)
+        x, padding = pad_input(self, x)
         codes, scale, zero = self.weight_quantizer.integer(self.weight)
         grid = _activation_grid(self.input_quantizer, x)
         y, count = ops.packed_conv2d(
@@ -260,7 +260,7 @@ class PackedConv2d(_PackedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, O, H', W')."""
         _check_inputs("PackedConv2d", x, -3, self.in_channels)
-        x, padding = _pad(self, x)
+        x, padding = pad_input(self, x)
         grid = _activation_grid(self.input_quantizer, x)
         y, count = ops.packed_conv2d(
             x, self.words, self.scale, self.zero, self.bias, bits=self.spec.bits, kernel_size=self.kernel_size,
@@ -286,8 +286,12 @@ def _activation_grid(quantizer, x):
     return {"x_scale": scale, "x_zero": zero, "x_bits": quantizer.spec.bits}
 
 
-def _pad(layer, x):
-    """Pad `x` here where the op cannot: other modes than zeros, or unequal sides; return it and what is left to pad."""
+def pad_input(layer: nn.Module, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Pad the input of a convolution where the op cannot: other modes than zeros, or unequal sides.
+
+    Returns:
+        The input, and the (rows, columns) of zeros that are left to add on each side.
+    """
     if layer.padding_mode != "zeros":
         return F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), (0, 0)
     if not isinstance(layer.padding, str):

@@ -1,6 +1,6 @@
 """What the verbs that learn share: the layers at hand, and a model that is put back when the work ends early."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 
@@ -21,6 +21,11 @@ def quant_layers(model: nn.Module) -> dict[str, QuantLinear | QuantConv2d]:
 def quantizers(model: nn.Module) -> list[Quantizer]:
     """List the quantisers of a model."""
     return [m for m in model.modules() if isinstance(m, Quantizer)]
+
+
+def activation_quantizers(modules: Iterable[nn.Module]) -> list[ActivationQuantizer]:
+    """List the quantisers of activations in some modules."""
+    return [q for m in modules for q in m.modules() if isinstance(q, ActivationQuantizer)]
 
 
 def check_ready(verb: str, model: nn.Module) -> None:
@@ -71,20 +76,23 @@ def restored_on_failure(model: nn.Module) -> Iterator[None]:
 
 
 class Learned:
-    """A copy of all that learning changes in a model: scales, codes and running statistics.
+    """A copy of all that learning changes in a model: grids, codes and running statistics.
 
     Args:
         model: A calibrated model.
     """
 
     def __init__(self, model: nn.Module):
-        self._quantizers = [(q, q.scale.detach().clone(), getattr(q, "codes", None)) for q in quantizers(model)]
+        self._quantizers = [
+            (q, q.scale.detach().clone(), q.zero.clone(), getattr(q, "codes", None)) for q in quantizers(model)
+        ]
         self._norms = [(n, [getattr(n, name).clone() for name in MOMENTS]) for n in batch_norms(model)]
 
     def restore(self) -> None:
         """Write the copy back."""
-        for quantizer, scale, codes in self._quantizers:
+        for quantizer, scale, zero, codes in self._quantizers:
             quantizer.scale.data.copy_(scale)
+            quantizer.zero.copy_(zero)
             if isinstance(quantizer, ActivationQuantizer):
                 quantizer.drop = 0.0
             else:

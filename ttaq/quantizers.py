@@ -1,4 +1,4 @@
-"""The quantisers that layers hold: a calibrated or learned scale, and learned rounding of weights."""
+"""The quantisers that layers hold: a calibrated or learned scale; `roundings` has the learned rounding of weights."""
 
 import math
 from collections.abc import Iterator
@@ -84,6 +84,7 @@ class ActivationQuantizer(Quantizer):
             raise ValueError(f'activations: granularity must be "tensor" or "token", got {spec.granularity!r}')
         super().__init__(spec, (), auto, device)
         self.drop = 0.0
+        self.perturbation: tuple[str, float] | None = None
         if auto and spec.granularity == "token":
             self.fit(self.scale)
 
@@ -179,9 +180,9 @@ class WeightQuantizer(Quantizer):
             return ops.fake_quant(weight, scale, self.zero, qmin=0, qmax=self.spec.qmax, **self.layout)
         return dequantise(self.codes, self.scale, self.zero, self.spec.group).to(weight.dtype)
 
-    def harden(self, weight: Tensor) -> None:
+    def harden(self) -> None:
         """Turn the learned rounding into codes."""
-        self.codes = self.rounding.codes(weight, self)
+        self.codes = self.rounding.codes(self)
         self.rounding = None
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -189,68 +190,6 @@ class WeightQuantizer(Quantizer):
             codes = state_dict.get(prefix + "codes")
             self.codes = None if codes is None else codes.to(self.scale.device, copy=True)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class AdaRound(nn.Module):
-    """Learn whether each weight rounds up or down. Source: Nagel et al., Up or Down?, arXiv:2004.10568.
-
-    Args:
-        weight: The float weight; the rounding starts where it stands between its neighbours.
-        quantizer: Its quantiser, ready.
-    """
-
-    def __init__(self, weight: Tensor, quantizer: WeightQuantizer):
-        super().__init__()
-        ratio = weight.detach() / _broadcast(quantizer.scale.detach(), weight, quantizer.spec.group)
-        share = ((ratio - ratio.floor()) + 0.1) / 1.2
-        self.v = nn.Parameter(torch.logit(share.clamp(1e-4, 1 - 1e-4)))
-        self.register_buffer("beta", torch.tensor(20.0, device=weight.device), persistent=False)
-        self.penalty: Tensor | None = None
-
-    def forward(self, weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
-        """Return the softly rounded weight; leave the regulariser in `penalty`."""
-        y, self.penalty = ops.soft_round(
-            weight.detach(),
-            self.v,
-            quantizer.scale.detach(),
-            quantizer.zero,
-            self.beta,
-            qmax=quantizer.spec.qmax,
-            **quantizer.layout,
-        )
-        return y
-
-    def codes(self, weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
-        """Decide: up where the learned rounding is at or above one half."""
-        ratio = weight.detach() / _broadcast(quantizer.scale.detach(), weight, quantizer.spec.group)
-        zero = _broadcast(quantizer.zero, weight, quantizer.spec.group)
-        return (ratio.floor() + (self.v >= 0) + zero).clamp(0, quantizer.spec.qmax).to(torch.uint8)
-
-
-class StraightThrough(nn.Module):
-    """Learn the weight itself through rounding to nearest, and the scale with it. Source: arXiv:1902.08153.
-
-    Args:
-        weight: The float weight; a copy of it is learned.
-        quantizer: Its quantiser, ready.
-    """
-
-    penalty = None
-
-    def __init__(self, weight: Tensor, quantizer: WeightQuantizer):
-        super().__init__()
-        self.v = nn.Parameter(weight.detach().float().clone())  # half precision would lose the steps
-
-    def forward(self, weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
-        """Return the learned weight, fake-quantised."""
-        scale = learning_scale(quantizer, weight.numel() // quantizer.scale.numel())
-        y = ops.fake_quant(self.v, scale, quantizer.zero, qmin=0, qmax=quantizer.spec.qmax, **quantizer.layout)
-        return y.to(weight.dtype)
-
-    def codes(self, weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
-        """Round the learned weight to nearest."""
-        grid = (quantizer.scale.detach(), quantizer.zero)
-        return ops.quantize_codes(self.v.detach(), *grid, qmax=quantizer.spec.qmax, **quantizer.layout)[0]
 
 
 class ScaleGradient(torch.autograd.Function):
@@ -298,7 +237,7 @@ def _swap_statistics(norms: list[dict]) -> None:
 
 def dequantise(codes: Tensor, scale: Tensor, zero: Tensor, group: int) -> Tensor:
     """Return ``(code - zero) * scale``, float32, for a weight's codes."""
-    return (codes.float() - _broadcast(zero, codes, group)) * _broadcast(scale, codes, group)
+    return (codes.float() - broadcast(zero, codes, group)) * broadcast(scale, codes, group)
 
 
 def clamp_scales(quantizers) -> None:
@@ -308,7 +247,8 @@ def clamp_scales(quantizers) -> None:
             quantizer.scale.clamp_(min=EPSILON)
 
 
-def _broadcast(values, weight, group):
+def broadcast(values: Tensor, weight: Tensor, group: int) -> Tensor:
+    """Spread one value a channel (N,), or a group (N, K / group), over the elements of a weight."""
     if group:
         return values.repeat_interleave(group, dim=-1)
     return values.reshape(-1, *[1] * (weight.ndim - 1))

@@ -1,0 +1,180 @@
+"""Learn one block: its roundings and its activation scales, so that it repeats its float output.
+
+Source: Li et al., BRECQ, arXiv:2102.05426 (blocks); Wei et al., QDrop, arXiv:2203.05740 (dropping quantisation while
+learning); Nagel et al., arXiv:2004.10568 (learned rounding).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import Block, run_block
+from .distances import squared_distance
+from .layers import QuantConv2d, QuantLinear
+from .learning import activation_quantizers, quant_layers
+from .norms import batch_norms, live, measure_again
+from .quantizers import clamp_scales
+from .roundings import AdaRound, StraightThrough
+
+ROUNDINGS = {"adaround": AdaRound, "ste": StraightThrough}
+
+Extra = Callable[[int, Tensor, Tensor, Tensor, list], Tensor | float]
+"""What a step adds to the loss: called with the step, what the block was given, what it gave, the numbers of the images
+and the roundings."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a block is learned.
+
+    Args:
+        steps: Of Adam, for each block.
+        batch_size: Images a step.
+        rounding: "adaround" or "ste".
+        rounding_lr: Of the roundings (adaround), or of the weights as a share of their scale (ste).
+        scale_lr: Of the activation scales, as a share of each scale; decays to 0 along a cosine.
+        drop: Share of elements that pass unquantised while learning, in the block's input and in its activations.
+        penalty: Weight of AdaRound's regulariser, after the first `warmup` share of the steps.
+        warmup: Share of the steps without the regulariser.
+        statistics: "source" learns a block under the stored BatchNorm statistics; "batch" under those of each batch,
+            and then measures the stored ones again.
+        seed: Of the order of images and of what is dropped.
+    """
+
+    steps: int = 1000
+    batch_size: int = 32
+    rounding: str = "adaround"
+    rounding_lr: float = 3e-3
+    scale_lr: float = 1e-3
+    drop: float = 0.5
+    penalty: float = 0.01
+    warmup: float = 0.2
+    statistics: str = "source"
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(f"reconstruct: rounding must be one of {', '.join(ROUNDINGS)}, got {self.rounding!r}")
+        if self.steps < 1 or self.batch_size < 1:
+            raise ValueError(
+                f"reconstruct: steps and batch_size must be 1 or more, got {self.steps}, {self.batch_size}"
+            )
+        if self.statistics not in ("source", "batch"):
+            raise ValueError(f'reconstruct: statistics must be "source" or "batch", got {self.statistics!r}')
+        if not (0 <= self.drop <= 1 and 0 <= self.warmup <= 1):
+            raise ValueError(f"reconstruct: drop and warmup are shares from 0 to 1, got {self.drop}, {self.warmup}")
+
+
+class BlockLearner:
+    """One block at work: begin its roundings, run the steps, decide the codes.
+
+    Args:
+        model: Its quantisers are ready.
+        block: Of the model.
+        schedule: Steps and rates.
+        bases: Weights to round in place of the float ones, by layer; see `perturbation.precondition`.
+    """
+
+    def __init__(self, model: nn.Module, block: Block, schedule: Schedule, bases: dict[str, Tensor] | None = None):
+        self.model, self.block, self.schedule = model, block, schedule
+        self.layers = layers_of(model, block)
+        self.activations = activation_quantizers(block.resolve(model))
+        self.norms = [n for m in block.resolve(model) for n in batch_norms(m)] if schedule.statistics == "batch" else []
+        for name, layer in self.layers.items():
+            quantizer, base = layer.weight_quantizer, (bases or {}).get(name, layer.weight)
+            if base is not layer.weight:
+                quantizer.fit(base)
+            quantizer.codes = None
+            quantizer.rounding = ROUNDINGS[schedule.rounding](base, quantizer)
+
+    @property
+    def roundings(self) -> list:
+        """The roundings of the block's layers."""
+        return [layer.weight_quantizer.rounding for layer in self.layers.values()]
+
+    def learn(self, quantised: Tensor, floats: Tensor, targets: Tensor, extra: Extra | None = None) -> None:
+        """Run the steps: images at random, part of the input and of the activations left unquantised.
+
+        Args:
+            quantised: The block's inputs from the quantised prefix, all images.
+            floats: Those from the float prefix.
+            targets: The float block's outputs.
+            extra: Adds to the loss of each step.
+        """
+        learned = self._learned()
+        if not self.layers and not learned:
+            return
+        optimizer, scheduler = self._optimizers(learned)
+        for quantizer in self.activations:
+            quantizer.drop = self.schedule.drop
+        size = min(self.schedule.batch_size, len(targets))
+        for step in range(self.schedule.steps):
+            picked = torch.randint(len(targets), (size,), device=targets.device)
+            x = quantised[picked]
+            if self.schedule.drop:
+                x = torch.where(torch.rand_like(x) < self.schedule.drop, floats[picked], x)
+            optimizer.zero_grad()
+            self._loss(step, x, targets[picked], picked, extra).backward()
+            optimizer.step()
+            scheduler.step()
+            clamp_scales(learned)
+        for quantizer in self.activations:
+            quantizer.drop = 0.0
+
+    def harden(self, inputs: Tensor, size: int = 128) -> None:
+        """Decide the codes; where batches brought their own statistics, measure the stored ones on `inputs`."""
+        for layer in self.layers.values():
+            layer.weight_quantizer.harden()
+        parts = inputs.split(size)
+        measure_again(self.norms, (lambda part=part: run_block(self.model, self.block, part) for part in parts))
+
+    def _loss(self, step, x, target, picked, extra):
+        regularised = self._sharpen(step)
+        with live(self.norms):
+            output = run_block(self.model, self.block, x)
+            loss = squared_distance(output, target)
+            if extra is not None:
+                loss = loss + extra(step, x, output, picked, self.roundings)
+        if regularised:
+            loss = loss + self.schedule.penalty * sum(r.penalty for r in self.roundings if r.penalty is not None)
+        return loss
+
+    def _learned(self):
+        """List the quantisers whose scales learn: those of activations, and under "ste" those of weights."""
+        learned = [q for q in self.activations if q.spec.granularity == "tensor"]
+        return learned + [m.weight_quantizer for m in self.layers.values() if self.schedule.rounding == "ste"]
+
+    def _optimizers(self, learned):
+        """Give one Adam over roundings at a constant rate and scales whose rate falls to 0 along a cosine."""
+        schedule, groups, decays = self.schedule, [], []
+        for layer in self.layers.values():
+            quantizer = layer.weight_quantizer
+            unit = 1.0 if schedule.rounding == "adaround" else quantizer.scale.mean().item()
+            groups.append({"params": [quantizer.rounding.v], "lr": schedule.rounding_lr * unit})
+            decays.append(schedule.rounding == "ste")
+        for quantizer in learned:
+            quantizer.scale.requires_grad_(True)
+            groups.append({"params": [quantizer.scale], "lr": schedule.scale_lr * quantizer.scale.mean().item()})
+            decays.append(True)
+        optimizer = torch.optim.Adam(groups)
+        cosine = lambda step: (1 + math.cos(math.pi * step / schedule.steps)) / 2  # noqa: E731
+        rates = [cosine if decay else (lambda step: 1.0) for decay in decays]
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
+
+    def _sharpen(self, step) -> bool:
+        """Set the sharpness of AdaRound's regularisers, 20 falling to 2 after the warm-up; say whether that is over."""
+        schedule = self.schedule
+        done = (step / schedule.steps - schedule.warmup) / max(1 - schedule.warmup, 1e-9)
+        if schedule.rounding == "adaround":
+            for rounding in self.roundings:
+                rounding.beta.fill_(20.0 if done < 0 else 2 + 18 * max(0.0, 1 - done))
+        return done >= 0
+
+
+def layers_of(model: nn.Module, block: Block) -> dict[str, QuantLinear | QuantConv2d]:
+    """Name the block's layers whose weights are quantised, in the order in which they run."""
+    named = quant_layers(model)
+    return {n: named[n] for n in block.layers if n in named and named[n].weight_quantizer is not None}

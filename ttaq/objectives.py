@@ -1,0 +1,121 @@
+"""What a block's loss gets beside the reconstruction error: PEM and PCR, and the rule for PEM's strength."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from .augment import add_noise, change_light
+from .batches import Forward, change_images
+from .blocks import Block, block_input, run_block
+from .blockwise import BlockLearner, Schedule, layers_of
+from .consistency import PCR, Consistency
+from .distances import squared_distance
+from .layers import QuantMatMul
+from .learning import Learned
+from .perturbation import PEM, STRENGTHS, Propagation, depth_weights, measure_noise, preconditioned
+from .quantizers import disabled
+
+_LOOK = 256  # images that PEM's moments come from
+_PILOT = 5  # a pilot run takes a fifth of the steps
+
+
+class Objectives:
+    """The terms of all blocks of one reconstruction.
+
+    Args:
+        model: Calibrated, nothing learned yet.
+        inputs: Entries of `batches.collect`.
+        forward: Runs the model on one entry.
+        pem: PEM, or None for none.
+        pcr: PCR in the blocks, or None for none.
+    """
+
+    def __init__(self, model: nn.Module, inputs: list, forward: Forward | None, pem: PEM | None, pcr: PCR | None):
+        self.model, self.inputs, self.forward, self.pem = model, inputs, forward, pem
+        self.consistency = Consistency(model, inputs, forward, pcr) if pcr and pcr.strength else None
+        self.noise, self.weights, self.propagation = {}, {}, None
+        if pem and (pem.snr is None or pem.depth):
+            self.noise = measure_noise(model, inputs[: max(1, _LOOK // len(inputs[0]))], forward, 0)
+        if pem and pem.depth:
+            self.weights = depth_weights(self.noise)
+
+    def bases(self, block: Block, floats: Tensor) -> dict[str, Tensor]:
+        """Return the preconditioned weights of a block's layers; none unless PEM asks for them."""
+        if not (self.pem and self.pem.precondition):
+            return {}
+        return preconditioned(layers_of(self.model, block), self._run(block, floats, floats), self.pem, self.noise)
+
+    def begin(self, block: Block, quantised: Tensor, floats: Tensor, targets: Tensor) -> None:
+        """Turn to a block whose roundings have begun."""
+        if self.consistency:
+            self.consistency.begin(block, targets)
+        self.propagation = None
+        if self.pem and self.pem.strength:
+            layers = layers_of(self.model, block) | _products(self.model, block)
+            run = self._run(block, quantised[:_LOOK], floats[:_LOOK])
+            self.propagation = Propagation(self.model, layers, self.pem, self.noise, run, self.weights)
+            self.scale = self.pem.strength * squared_distance(targets[:_LOOK], torch.zeros_like(targets[:_LOOK]))
+
+    def __call__(self, step: int, x: Tensor, output: Tensor, picked: Tensor, roundings: list) -> Tensor | float:
+        """Return what one step adds to the loss."""
+        total = 0.0
+        if self.propagation is not None:
+            total = total + self.scale * self.propagation()
+        if self.consistency is not None:
+            total = total + self.consistency(step, x, output, picked, roundings)
+        return total
+
+    def choose_strength(self, blocks: list[Block], schedule: Schedule) -> dict:
+        """Choose PEM's strength without labels, and return how.
+
+        The middle block is learned for a fifth of the steps with each of `STRENGTHS`, from float inputs, on seven
+        eighths of the images. The strength that errs least wins: the squared distance to the float block's output on
+        the other eighth under changes of light and noise. It is found once and serves all blocks.
+        """
+        block = blocks[len(blocks) // 2]
+        seen, held = self._parts(block)
+        quick = replace(schedule, steps=max(1, schedule.steps // _PILOT))
+        start, errors = Learned(self.model), {}
+        chosen = self.pem
+        for strength in STRENGTHS:
+            self.pem = replace(chosen, strength=strength)
+            learner = BlockLearner(self.model, block, quick, self.bases(block, seen[0]))
+            if self.consistency:
+                self.consistency.begin(block, seen[1])
+            self.begin(block, seen[0], *seen)
+            learner.learn(seen[0], *seen, self)
+            learner.harden(seen[0])
+            with torch.no_grad():
+                errors[strength] = squared_distance(run_block(self.model, block, held[0]), held[1]).item()
+            start.restore()
+        self.pem = replace(chosen, strength=min(errors, key=errors.get))
+        return {"strength": self.pem.strength, "pilot": block.name, "errors": errors}
+
+    @torch.no_grad()
+    def _parts(self, block):
+        """Return (inputs, outputs) of the float block on images as they are, and on other, perturbed ones."""
+        generator = torch.Generator().manual_seed(0)
+        view = [change_images(e, lambda x: add_noise(change_light(x, generator), generator)) for e in self.inputs]
+        with disabled(self.model):
+            clean, moved = (
+                torch.cat([block_input(self.model, block, e, self.forward)[0] for e in entries])
+                for entries in (self.inputs, view)
+            )
+            cut = max(1, len(clean) * 7 // 8)
+            pairs = (
+                ((clean[:cut], clean[:cut]), (moved[cut:], moved[cut:])) if cut < len(clean) else ((clean,), (moved,))
+            )
+            return tuple((x[0], run_block(self.model, block, x[0])) for x in pairs)
+
+    def _run(self, block, quantised, floats):
+        return lambda coded: run_block(self.model, block, quantised if coded else floats)
+
+
+def _products(model, block):
+    found = {}
+    for name, module in zip(block.modules, block.resolve(model), strict=True):
+        for inner, part in module.named_modules():
+            if isinstance(part, QuantMatMul):
+                found[f"{name}.{inner}".strip(".")] = part
+    return found

@@ -1,0 +1,330 @@
+"""PEM, perturbation error mitigation: a regulariser of the weights, from how input perturbations reach the output.
+
+For ``y = W x``, quantised ``W^``, ``x^ = Q(x + d)``, ``e = x^ - x`` and ``D = W^ - W`` exactly
+
+    E|W^ x^ - W x|^2 = tr(D Sx D') + tr(W^ Se W^') + 2 tr(W^ C D'),   Sx = E[x x'], Se = E[e e'], C = E[e x']      (1)
+
+The first term is what reconstruction minimises; PEM is the rest. With independent zero-mean d and a quantiser of step s
+
+    R = sum_j |W^[:, j]|^2 (E[x_j^2] / SNR_j + s^2 / 12),   SNR_j = E[x_j^2] / E[d_j^2]                            (2)
+
+divided by E|W x|^2, so that one strength serves all layers. Source of the aim: Xiao et al., TTAQ, arXiv:2412.09899; the
+formulas are ours (docs/method.md).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .augment import add_noise, change_light
+from .batches import Forward, call, change_images
+from .layers import QuantConv2d, QuantLinear, QuantMatMul, pad_input
+from .quantizers import ActivationQuantizer, disabled
+
+FORMS = ("analytic", "clipped", "measured")
+STRENGTHS = (0.0, 0.01, 0.03, 0.1)  # what the rule chooses from
+FULL = 512  # inputs up to which a linear layer's Se and C are full matrices
+SOLVED = 4096  # inputs an output up to which a layer is preconditioned
+_SAMPLE = 256  # values a channel that the clipping-aware form looks at
+
+
+@dataclass(frozen=True)
+class PEM:
+    """How the regulariser is formed and weighed.
+
+    Args:
+        strength: Of R beside the reconstruction error relative to the output's energy; None lets the rule choose among
+            `STRENGTHS` on images held out (see `reconstruct`).
+        form: "analytic" is (2); "clipped" adds the overshoot ``E[(x + d - clip(x + d))^2]`` beyond the activation's
+            range, which also gives its scale a gradient; "measured" is (1) with Se and C from one perturbed pass.
+        snr: Of the perturbation d, dB, alike in all channels; None measures SNR_j of each channel under changes of
+            light and noise of the images.
+        depth: Weigh each layer by how much the layers behind it amplify a perturbation, 1 on average.
+        precondition: Start from ``W* = W Sx (Sx + R)^-1``, the minimiser of (1) in floats, before ranges are chosen.
+    """
+
+    strength: float | None = None
+    form: str = "analytic"
+    snr: float | None = None
+    depth: bool = False
+    precondition: bool = False
+
+    def __post_init__(self):
+        if self.form not in FORMS:
+            raise ValueError(f"PEM: form must be one of {', '.join(FORMS)}, got {self.form!r}")
+        if self.strength is not None and not self.strength >= 0:
+            raise ValueError(f"PEM: strength must be 0 or more, got {self.strength}; None lets the rule choose")
+
+
+@torch.no_grad()
+def measure_noise(model: nn.Module, inputs: list, forward: Forward | None, seed: int) -> dict[str, Tensor]:
+    """Measure 1 / SNR_j of the inputs of every quantised layer, when the images change in light and get noise.
+
+    Args:
+        model: Runs as the float model.
+        inputs: Entries of `batches.collect`.
+        forward: Runs the model on one entry.
+        seed: Of the changes.
+
+    Returns:
+        Layer to (J,), E[d_j^2] / E[x_j^2], 0 where a channel is silent.
+
+    Raises:
+        ValueError: There are no images (N, C, H, W) to change.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (QuantLinear, QuantConv2d))}
+    sums = {}
+    changed = False
+    with disabled(model):
+        for entry in inputs:
+            view = change_images(entry, lambda x: add_noise(change_light(x, generator), generator))
+            changed |= view is not entry
+            clean, moved = (_inputs_of(layers, lambda e=e: call(model, e, forward)) for e in (entry, view))
+            for name, x in clean.items():
+                terms = torch.stack([_energy((moved[name] - x), layers[name]), _energy(x, layers[name])])
+                sums[name] = sums[name] + terms if name in sums else terms
+    if not changed:
+        raise ValueError("PEM: the inputs hold no images (N, C, H, W) to perturb; give snr in dB")
+    return {name: torch.where(x > 0, d / x.clamp(min=1e-30), 0.0) for name, (d, x) in sums.items()}
+
+
+class Propagation:
+    """R of all layers of one block, ready to be added to the loss of each step.
+
+    Args:
+        model: Calibrated, the roundings of the block's layers begun.
+        layers: The quantised layers of the block by name, and its `QuantMatMul`s.
+        pem: The form.
+        noise: What `measure_noise` gave; empty where `pem.snr` is a number.
+        run: Runs the block in floats on the float model's input, and quantised on that of the quantised prefix:
+            ``run(quantised: bool)``.
+        weights: Depth weight of each layer; 1 where it is missing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: dict[str, nn.Module],
+        pem: PEM,
+        noise: dict[str, Tensor],
+        run: Callable[[bool], object],
+        weights: dict[str, float],
+    ):
+        with torch.no_grad(), disabled(model):
+            floats = _calls_of(layers, lambda: run(False))
+        with torch.no_grad():
+            coded = _inputs_of(layers, lambda: run(True)) if pem.form == "measured" else {}
+        self.terms: dict[str, Callable[[], Tensor]] = {}
+        for name, (args, output) in floats.items():
+            layer, weight = layers[name], weights.get(name, 1.0)
+            if isinstance(layer, QuantMatMul):
+                self.terms[name] = _MatMulTerm(layer, *args, output, pem, weight)
+            elif layer.weight_quantizer is not None:
+                inverse = noise[name] if pem.snr is None else torch.tensor(10 ** (-pem.snr / 10)).to(args[0])
+                kind = _MeasuredTerm if pem.form == "measured" else _Term
+                self.terms[name] = kind(layer, args[0], output, inverse, pem, weight, coded.get(name))
+
+    def __call__(self) -> Tensor:
+        """Return the sum of R over the layers, () - to be called after the block's forward pass of the step."""
+        return sum(term() for term in self.terms.values())
+
+
+class _Term:
+    """(2), or its clipping-aware form, of one linear layer or convolution."""
+
+    def __init__(self, layer, x, output, inverse, pem, weight, _):
+        self.layer, self.clips = layer, pem.form == "clipped"
+        layer.weight_quantizer.rounding.energy_groups = getattr(layer, "groups", 1)
+        self.moved = _energy(x, layer) * inverse  # E[d_j^2]
+        self.factor = weight / _output_energy(layer, output)
+        values = _by_channel(x, layer)
+        picked = torch.randint(values.shape[1], (min(_SAMPLE, values.shape[1]),), device=x.device)
+        self.sample = values[:, picked]
+        self.sample = self.sample + torch.randn_like(self.sample) * self.moved.sqrt()[:, None]
+
+    def __call__(self):
+        rounding = self.layer.weight_quantizer.rounding
+        arriving = self.moved + _granular(self.layer.input_quantizer)
+        if self.clips:
+            arriving = arriving + _overshoot(self.layer.input_quantizer, self.sample).mean(1)
+        return self.factor * (rounding.column_energy() * arriving).sum()
+
+
+class _MeasuredTerm:
+    """The second and third term of (1): full matrices for small linear layers, else their diagonals by channel."""
+
+    def __init__(self, layer, x, output, inverse, pem, weight, coded):
+        self.layer, self.groups = layer, getattr(layer, "groups", 1)
+        self.factor = weight / _output_energy(layer, output)
+        x, coded = _by_channel(x, layer), _by_channel(coded, layer)
+        spread = (x.square().mean(1) * inverse).sqrt()[:, None]
+        seen = coded + torch.randn_like(coded) * spread
+        if layer.input_quantizer is not None:
+            seen = layer.input_quantizer(seen.t() if layer.input_quantizer.spec.granularity == "token" else seen)
+            seen = seen.t() if seen.shape != x.shape else seen
+        error = seen - x
+        self.full = isinstance(layer, QuantLinear) and len(x) <= FULL
+        if self.full:
+            self.see, self.cross = (error @ other.t() / x.shape[1] for other in (error, x))
+        else:
+            self.see, self.cross = (error * error).mean(1), (error * x).mean(1)
+
+    def __call__(self):
+        weight, floats = self.layer.weight_quantizer.rounding.weight, self.layer.weight.detach().float()
+        if self.full:
+            value = ((weight @ self.see) * weight).sum() + 2 * ((weight @ self.cross) * (weight - floats)).sum()
+        else:
+            shape = [self.groups, -1, *[1] * (weight.ndim - 2)]
+            parts = (weight.square(), weight * (weight - floats))
+            see, cross = (
+                m.reshape(shape).repeat_interleave(len(weight) // self.groups, 0) for m in (self.see, self.cross)
+            )
+            value = (parts[0] * see).sum() + 2 * (parts[1] * cross).sum()
+        return self.factor * value
+
+
+class _MatMulTerm:
+    """(2) of a product of activations, each in turn the weight of the other: it reaches their scales alone."""
+
+    def __init__(self, layer, a, b, output, pem, weight):
+        self.sides = ((layer.left_quantizer, a, b), (layer.right_quantizer, b, a))
+        inverse = 10 ** (-(20.0 if pem.snr is None else pem.snr) / 10)
+        self.clips = pem.form != "analytic"
+        self.fixed = []
+        for _, x, other in self.sides:
+            energy = x.square().mean()
+            picked = x.flatten()[torch.randint(x.numel(), (min(4 * _SAMPLE, x.numel()),), device=x.device)]
+            sample = picked + torch.randn_like(picked) * (energy * inverse).sqrt()
+            self.fixed.append((other.square().mean(), energy * inverse, sample))
+        self.factor = weight * a.shape[-1] / output.square().mean().clamp(min=1e-30)
+        self.sides = [quantizer for quantizer, *_ in self.sides]
+
+    def __call__(self):
+        total = 0.0
+        for quantizer, (other, moved, sample) in zip(self.sides, self.fixed, strict=True):
+            arriving = moved + _granular(quantizer)
+            if self.clips:
+                arriving = arriving + _overshoot(quantizer, sample).mean()
+            total = total + other * arriving
+        return self.factor * total
+
+
+@torch.no_grad()
+def preconditioned(layers: dict[str, nn.Module], run: Callable[[bool], object], pem: PEM, noise: dict) -> dict:
+    """Solve (1) in floats: ``W* = W Sx (Sx + R)^-1`` with ``R = diag(E[x_j^2] / SNR_j) + s^2 / 12 I``.
+
+    Args:
+        layers: Quantised layers by name.
+        run: As for `Propagation`.
+        pem: Its `snr`.
+        noise: What `measure_noise` gave.
+
+    Returns:
+        Layer to W*, the shape of W; layers with more than `SOLVED` inputs an output are left out.
+    """
+    found = {}
+    for name, x in _inputs_of(layers, lambda: run(False)).items():
+        layer, weight = layers[name], layers[name].weight.detach()
+        if weight[0].numel() > SOLVED:
+            continue
+        patches = _patches(layer, x)
+        rows = weight.flatten(1).unflatten(0, (len(patches), -1)).double()  # (groups, O / groups, K)
+        sx = patches @ patches.transpose(1, 2) / patches.shape[2]
+        power = sx.diagonal(dim1=1, dim2=2)
+        inverse = noise[name] if pem.snr is None else torch.tensor(10 ** (-pem.snr / 10)).to(x)
+        share = inverse.double().expand(len(patches) * weight.shape[1]).reshape(len(patches), -1)
+        ridge = power * share.repeat_interleave(patches.shape[1] // weight.shape[1], 1)
+        ridge = ridge + float(_granular(layer.input_quantizer)) + 1e-8 * power.mean()
+        solved = torch.linalg.solve(sx + torch.diag_embed(ridge), sx @ rows.transpose(1, 2))
+        found[name] = solved.transpose(1, 2).reshape(weight.shape).to(weight.dtype)
+    return found
+
+
+def _patches(layer, x, images=64, columns=8192):
+    """Return samples of what the rows of the weight are multiplied by, (groups, K, n), float64."""
+    if isinstance(layer, QuantLinear):
+        return x.detach().flatten(0, -2)[:columns].t()[None].double()
+    x, padding = pad_input(layer, x[:images].detach())
+    unfolded = F.unfold(x.float(), layer.kernel_size, layer.dilation, padding, layer.stride)
+    rows = unfolded.transpose(0, 1).flatten(1).unflatten(0, (layer.groups, -1))
+    return rows[..., torch.randperm(rows.shape[2], device=x.device)[:columns]].double()
+
+
+def depth_weights(noise: dict[str, Tensor]) -> dict[str, float]:
+    """Weigh each layer by the energy gain of the layers behind it, 1 on average.
+
+    The relative energy of a perturbation at a layer's input, over that at the last layer's, telescopes to the product
+    of the gains between: ``w_l = r_last / r_l`` with ``r_l = E|d|^2 / E|x|^2``.
+
+    Args:
+        noise: What `measure_noise` gave, in the order in which layers run.
+    """
+    relative = {name: inverse.mean().clamp(min=1e-12).item() for name, inverse in noise.items()}
+    last = list(relative.values())[-1]
+    gains = {name: last / value for name, value in relative.items()}
+    mean = sum(gains.values()) / len(gains)
+    return {name: gain / mean for name, gain in gains.items()}
+
+
+def _granular(quantizer: ActivationQuantizer | None) -> Tensor | float:
+    """s^2 / 12; 0 for floats and for scales that are measured a token."""
+    if quantizer is None or quantizer.spec.granularity != "tensor":
+        return 0.0
+    return quantizer.scale.square() / 12
+
+
+def _overshoot(quantizer, x):
+    """The square of what lies beyond the range, with a gradient for the scale."""
+    if quantizer is None or quantizer.spec.granularity != "tensor":
+        return torch.zeros_like(x)
+    zero = quantizer.zero.round()
+    low, high = -zero * quantizer.scale, (quantizer.spec.qmax - zero) * quantizer.scale
+    return torch.relu(x - high).square() + torch.relu(low - x).square()
+
+
+def _by_channel(x, layer):
+    """View an input as (J, samples)."""
+    axis = 1 if isinstance(layer, QuantConv2d) else -1
+    return x.detach().float().movedim(axis, 0).flatten(1)
+
+
+def _energy(x, layer):
+    return _by_channel(x, layer).square().mean(1)
+
+
+def _output_energy(layer, output):
+    """E|W x|^2: without the bias, summed over outputs."""
+    y = _by_channel(output, layer)
+    return (
+        (y if layer.bias is None else y - layer.bias.detach().float()[:, None]).square().mean(1).sum().clamp(min=1e-30)
+    )
+
+
+def _inputs_of(layers, run):
+    return {name: args[0] for name, (args, _) in _calls_of(layers, run).items()}
+
+
+def _calls_of(layers, run):
+    """Return what each layer was first called with, and what it returned, in the order of the calls."""
+    found = {}
+    with _watched(layers, found):
+        run()
+    return found
+
+
+@contextmanager
+def _watched(layers: dict[str, nn.Module], found: dict) -> Iterator[None]:
+    def watch(name):
+        return lambda layer, args, output: found.setdefault(name, (args, output)) and None
+
+    hooks = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,208 @@
+"""refine: the network-wide stage of PCR, which teaches the quantised model to predict the same under perturbation.
+
+``L = T^2 KL(softmax(z_float / T) || softmax(z_quantised(x') / T))``, x' a perturbed view of x, z_float of x or of x',
+the statistics of each batch live in the norm layers: the regime in which the model will adapt. Source of the aim: Xiao et
+al., TTAQ, arXiv:2412.09899 (perturbation consistency reconstruction); the form is ours, with straight-through weights
+(Esser et al., arXiv:1902.08153) and the distillation loss of Hinton et al., arXiv:1503.02531.
+"""
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .augment import add_noise, change_light, shift_and_flip
+from .batches import Forward, call, change_images, choose, collect, count, join, take
+from .distances import softened_divergence
+from .learning import Learned, check_ready, frozen, progress_bar, quant_layers, restored_on_failure, seeded, settings
+from .norms import batch_norms, live, measure_again
+from .quantizers import ActivationQuantizer, clamp_scales, disabled
+from .roundings import StraightThrough
+from .surgery import device_of, evaluating
+
+_PIECE = 128
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """How the whole network is refined.
+
+    Args:
+        steps: Of Adam, over weights, weight scales and activation scales; every rate falls to 0 along a cosine.
+        batch_size: Images a step.
+        weight_lr: Of the straight-through weights, as a share of their scale.
+        scale_lr: Of all scales, as a share of each.
+        temperature: T; softens both predictions.
+        anchor: Share of the images whose target is the float model's prediction on the image as it is, which teaches to
+            resist; the others' is that on the perturbed view, which teaches to follow the float model there.
+        statistics: "batch" keeps the norm layers on each batch's own statistics, "source" on the stored ones.
+        light: Largest change of contrast, and of brightness in standard deviations of an image.
+        noise: Share of the views that get white noise, 10 to 30 dB below the image.
+        holdout: Share of the images that no step sees: they decide whether the result is kept.
+        seed: Of images and views.
+    """
+
+    steps: int = 300
+    batch_size: int = 64
+    weight_lr: float = 0.03
+    scale_lr: float = 1e-3
+    temperature: float = 4.0
+    anchor: float = 0.5
+    statistics: str = "batch"
+    light: float = 0.4
+    noise: float = 0.5
+    holdout: float = 0.125
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.statistics not in ("batch", "source"):
+            raise ValueError(f'refine: statistics must be "batch" or "source", got {self.statistics!r}')
+        if self.steps < 1 or self.batch_size < 1:
+            raise ValueError(f"refine: steps and batch_size must be 1 or more, got {self.steps}, {self.batch_size}")
+        shares = (self.anchor, self.noise, self.light, self.holdout)
+        if not all(0 <= share <= 1 for share in shares) or self.light == 1 or self.holdout == 1:
+            raise ValueError(f"refine: anchor, noise, light and holdout are shares from 0 to below 1, got {shares}")
+
+
+def refine(
+    model: nn.Module,
+    batches: Iterable,
+    *,
+    refinement: Refinement | None = None,
+    forward: Forward | None = None,
+    progress: bool = True,
+    **options,
+) -> dict:
+    """Learn weights and scales of the whole network, so that perturbed images get the float model's predictions.
+
+    The weights start inside the cells of the codes that the model has, and end as codes of the same grid. Then the
+    running statistics of BatchNorm are measured again on the images, quantised (the float model's are kept for it).
+    What was learned is kept only where it lowers the loss on perturbed views of the images held out; else the model is
+    as before.
+
+    Args:
+        model: A calibrated or reconstructed model; its quantisers and BatchNorm statistics are changed in place.
+        batches: A re-iterable of tensors, (x, y) pairs or dicts; 1,024 images are usual.
+        refinement: Steps, rates and the like; or give them one by one as `options`.
+        forward: Runs the model on one batch, `forward(model, x)`, when `model(x)` does not.
+        progress: Show a bar.
+        options: Fields of Refinement.
+
+    Returns:
+        `model.ttaq_report`, with "refinement": the settings, the loss held out before and after, whether it was kept.
+
+    Raises:
+        ValueError: The model is not calibrated, or the images do not serve; the model is then as it was.
+    """
+    chosen = settings("refine", Refinement, refinement, options)
+    check_ready("refine", model)
+    images = join(collect("refine", batches, device_of(model)))
+    start = time.perf_counter()
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        evaluating(model),
+        frozen(model),
+        restored_on_failure(model),
+        seeded(chosen.seed, device_of(model)),
+    ):
+        task = _Task(model, images, chosen, forward)
+        outcome = task.run(progress)
+    report = model.ttaq_report = getattr(model, "ttaq_report", {})
+    report["refinement"] = asdict(chosen) | outcome | {"seconds": round(time.perf_counter() - start, 3)}
+    return report
+
+
+class _Task:
+    """One refinement: the images in two parts, the loss, the steps and the verdict."""
+
+    def __init__(self, model: nn.Module, images, chosen: Refinement, forward: Forward | None):
+        self.model, self.chosen, self.forward = model, chosen, forward
+        held = int(chosen.holdout * count(images))
+        order = torch.randperm(count(images)).to(device_of(model))
+        self.images, self.held = images, take(images, order[:held])
+        self.seen = take(images, order[held:])
+        self.norms = batch_norms(model) if chosen.statistics == "batch" else []
+        self.generator = torch.Generator().manual_seed(chosen.seed)
+
+    def run(self, progress: bool) -> dict:
+        """Learn, measure the statistics again, and keep or put back; return what to report."""
+        before, state = self._held_out(), Learned(self.model)
+        layers = [m for m in quant_layers(self.model).values() if m.weight_quantizer is not None]
+        self._learn(layers, progress)
+        for layer in layers:
+            layer.weight_quantizer.harden()
+        measure_again(batch_norms(self.model), self._passes())
+        after = self._held_out()
+        kept = before is None or after < before
+        if not kept:
+            state.restore()
+        return {"held_out": {"before": before, "after": after}, "kept": kept}
+
+    def _learn(self, layers, progress):
+        optimizer, learned = _optimizer(self.model, layers, self.chosen)
+        steps = self.chosen.steps
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: (1 + math.cos(math.pi * k / steps)) / 2)
+        size = min(self.chosen.batch_size, count(self.seen))
+        with progress_bar(progress) as bar:
+            for _ in bar.track(range(steps), description="refine"):
+                picked = torch.randint(count(self.seen), (size,), generator=self.generator)
+                entry = take(self.seen, picked.to(device_of(self.model)))
+                loss = self.loss(entry, self.generator, self.chosen.temperature)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                clamp_scales(learned)
+
+    def loss(self, entry, generator: torch.Generator, temperature: float) -> Tensor:
+        """Return ``T^2 KL(float || quantised)`` of a perturbed view of some images, mean over them."""
+        entry = change_images(entry, lambda x: shift_and_flip(x, generator, min(4, *(s // 8 for s in x.shape[2:]))))
+        view = change_images(entry, lambda x: self._perturb(x, generator))
+        anchored = torch.rand(count(entry), generator=generator) < self.chosen.anchor
+        with torch.no_grad(), disabled(self.model):
+            target = call(self.model, choose(anchored, entry, view), self.forward)
+        with live(self.norms):
+            logits = call(self.model, view, self.forward)
+        return softened_divergence(target, logits, temperature)
+
+    def _perturb(self, x, generator):
+        view = change_light(x, generator, self.chosen.light, self.chosen.light)
+        decibels = 10 + 20 * torch.rand(len(x), generator=generator)
+        noisy = torch.rand(len(x), generator=generator) < self.chosen.noise
+        return torch.where(noisy.to(x.device).view(-1, 1, 1, 1), add_noise(view, generator, decibels), view)
+
+    @torch.no_grad()
+    def _held_out(self):
+        """Return the divergence at T = 1 on the same perturbed views of the images held out; None without any."""
+        total = count(self.held)
+        if not total:
+            return None
+        generator = torch.Generator().manual_seed(self.chosen.seed + 1)
+        parts = [take(self.held, slice(at, at + _PIECE)) for at in range(0, total, _PIECE)]
+        return round(sum(self.loss(part, generator, 1.0).item() * count(part) for part in parts) / total, 6)
+
+    def _passes(self):
+        total = count(self.images)
+        for at in range(0, total, _PIECE):
+            part = take(self.images, slice(at, at + _PIECE))
+            yield lambda part=part: call(self.model, part, self.forward)
+
+
+def _optimizer(model, layers, chosen):
+    """Switch on weights and scales; return Adam over them, each at a rate that fits its size, and what is scaled."""
+    groups = []
+    for layer in layers:
+        quantizer = layer.weight_quantizer
+        quantizer.rounding = StraightThrough(layer.weight, quantizer)
+        quantizer.codes = None
+        groups.append({"params": [quantizer.rounding.v], "lr": chosen.weight_lr * quantizer.scale.mean().item()})
+    activations = [m for m in model.modules() if isinstance(m, ActivationQuantizer) and m.spec.granularity == "tensor"]
+    learned = [*activations, *(layer.weight_quantizer for layer in layers)]
+    for quantizer in learned:
+        quantizer.scale.requires_grad_(True)
+        groups.append({"params": [quantizer.scale], "lr": chosen.scale_lr * quantizer.scale.mean().item()})
+    return torch.optim.Adam(groups), learned
