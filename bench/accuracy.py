@@ -1,128 +1,128 @@
-"""`python -m bench accuracy`: errors of the CIFAR ResNet-20, quantised, packed and adapting, on real images.
+"""`python -m bench accuracy`: errors of quantised, packed and adapting models on streams of corrupted images.
 
-Reads cifar10_train.npz, cifar10_test.npz and resnet20_cifar10.safetensors from a folder.
+Walks a grid and appends a row a cell; a second call goes on where the first one stopped. `--data` with cifar10_train.npz,
+cifar10_test.npz and resnet20_cifar10.safetensors gives the CIFAR ResNet-20; `--model digits-resnet` and `digits-vit` are
+the networks of the demo; any other `--model` is a reference such as timm:NAME, with `--weights`, `--calibration` and
+`--data` (a labelled folder, CIFAR-C or ImageNet-C).
 """
 
 import argparse
-import csv
-import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-import ttaq
-from ttaq.evaluation import Result, evaluate
+from ttaq import demo, zoo
+from ttaq.adaptation.losses import LOSSES
 from ttaq.models import ResNet
-from ttaq.streams import Corrupted, Images, Stream, continual, load_npz
+from ttaq.pipeline import METHODS
+from ttaq.sources import open_data, preprocessing_of
+from ttaq.streams import Images, load_digits, load_npz
+from ttaq.training import Training, fetch_trained
 
-from . import machine
+from . import machine, summary
+from .grid import FLOAT, STREAMS, Grid, Subject
 
-FILE = machine.ROOT / "bench/results/accuracy/resnet20.csv"
-COLUMNS = (
-    "commit", "dirty", "machine", "model", "bits", "method", "steps", "seed", "form", "adapter", "stream", "images",
-    "error", "equal", "bytes", "seconds",
-)  # fmt: skip
+FOLDER = machine.ROOT / "bench/results/accuracy"
+AXES = {
+    "bits": [FLOAT, "w2a2", "w2a4"],
+    "methods": ["qdrop", "ttaq", "pcr", "pem", "rtn"],
+    "adapters": ["source", "norm", "tent"],
+    "losses": ["entropy"],
+    "statistics": ["batch"],
+    "streams": list(STREAMS),
+    "seeds": [0, 1, 2],
+}
+KNOWN = {"methods": METHODS, "adapters": AXES["adapters"], "losses": LOSSES, "streams": STREAMS}
 
 
 def main(options: argparse.Namespace) -> int:
-    """Walk through the recipes; print each row and append it to the file at once."""
-    if options.table:
-        print(table(Path(options.out)), end="")
-        return 0
+    """Measure the cells that are missing; or draw what has been measured."""
+    path = Path(options.out or FOLDER / f"grid-{options.model.replace(':', '-')}.csv")
+    if options.table or options.figure:
+        return summary.show(path, options)
+    subject, source = _subject(options)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    Grid(subject, path, Path(options.cache), device, source).run(options)
+    return 0
+
+
+def _subject(options):
+    """Return the model with its images, and the source of its corruptions where it brings them."""
+    if options.model == "resnet20":
+        return _resnet20(options), None
+    if options.model in ("digits-resnet", "digits-vit"):
+        return _digits(options), None
+    if not options.calibration or not options.data:
+        raise ValueError("bench accuracy: --model NAME wants --calibration DIR and --data DIR")
+    model, preprocessing = _user_model(options)
+    calibration = open_data(options.calibration, preprocessing).take(slice(options.images))
+    data = open_data(options.data, preprocessing)
+    test, source = (data, None) if isinstance(data, Images) else (data.domain(data.corruptions[0], 5), data)
+    architecture = lambda: zoo.build_model(options.model)  # noqa: E731
+    return Subject(options.model.replace(":", "-"), model, calibration, test, architecture), source
+
+
+def _resnet20(options):
     if options.data is None:
         raise ValueError("bench accuracy: --data wants the folder with the images and the weights")
     folder = Path(options.data)
     model = ResNet(20)
     model.load_state_dict(load_file(folder / "resnet20_cifar10.safetensors"), strict=False)
-    model.eval()
     train, test = (load_npz(folder / f"cifar10_{part}.npz") for part in ("train", "test"))
-    shared = Corrupted(test.take(slice(options.stream_images)), seed=0)
-    for row in _rows(options, model, train.take(slice(options.images)), test, shared):
-        _append(row | {"model": "resnet20", "seed": options.seed, "steps": options.steps}, Path(options.out))
-    return 0
+    return Subject("resnet20", model.eval(), train.take(slice(options.images)), test, lambda: ResNet(20))
 
 
-def _rows(options, model, calibration: Images, test: Images, shared: Corrupted) -> Iterator[dict]:
-    float_bytes = 4 * sum(p.numel() for p in model.parameters())
-    clean = evaluate(model, _clean(test))
-    yield _row("w32a32", "none", "float", "none", "clean", clean, bytes=float_bytes)
-    for bits in options.bits.split(","):
-        for method in options.methods.split(","):
-            start = time.perf_counter()
-            batches = calibration.batches(128)
-            settings = {} if method == "rtn" else {"steps": options.steps, "seed": options.seed}
-            quantised = ttaq.quantize(model, batches, bits, method=method, **settings)
-            seconds = round(time.perf_counter() - start, 1)
-            result = evaluate(quantised, _clean(test))
-            yield _row(bits, method, "fake-quantised", "none", "clean", result, seconds=seconds)
-            if method == "rtn":
-                continue
-            packed = ttaq.pack(quantised)
-            facts = {"equal": _equal(quantised, packed, test.take(slice(1000))), "bytes": _file_bytes(packed)}
-            yield _row(bits, method, "packed", "none", "clean", evaluate(packed, _clean(test)), **facts)
-            for adapter in options.adapters.split(",") if bits in options.stream_bits.split(",") else ():
-                stream = continual(shared, images=options.stream_images, batch_size=200, seed=options.seed)
-                result = evaluate(ttaq.adapt(packed, adapter), stream)
-                yield _row(bits, method, "packed", adapter, "continual", result, seconds=round(result.seconds, 1))
+def _digits(options):
+    name = options.model.removeprefix("digits-")
+    build = demo.NETWORKS[name]
+    training = Training(epochs=demo.EPOCHS[name], lr=demo.RATES[name])
+    model, _ = fetch_trained(build, load_digits("train"), training, options.cache, name)
+    return Subject(
+        options.model, model, load_digits("calibration").take(slice(options.images)), load_digits("test"), build
+    )
 
 
-def table(path: Path) -> str:
-    """Draw the latest row of each cell as a Markdown table."""
-    with open(path, newline="", encoding="utf-8") as file:
-        cells = {tuple(row[k] for k in COLUMNS[3:12]): row for row in csv.DictReader(file)}
-    lines = ["| bits | method | form | adapter | stream | images | error % | bytes | seconds |", "|" + "---|" * 9]
-    shown = ("bits", "method", "form", "adapter", "stream", "images", "error", "bytes", "seconds")
-    lines += ["| " + " | ".join(row[k] for k in shown) + " |" for row in cells.values()]
-    return "\n".join(lines) + "\n"
+def _user_model(options):
+    model = zoo.build_model(options.model, options.weights)
+    return model, preprocessing_of(model, options.model)
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     """Declare the command and its options."""
-    parser = commands.add_parser("accuracy", help="errors of the CIFAR ResNet-20 on real images")
-    parser.add_argument("--data", help="folder with the two .npz files and the weights")
-    parser.add_argument("--table", action="store_true", help="print the rows of --out as Markdown and measure nothing")
-    parser.add_argument("--bits", default="w8a8,w4a4,w2a4")
-    parser.add_argument("--methods", default="rtn,qdrop")
+    parser = commands.add_parser("accuracy", help="errors on streams of corrupted images, over a grid")
+    parser.add_argument("--model", default="resnet20", help="resnet20, digits-resnet, digits-vit, or a reference")
+    parser.add_argument("--data", help="folder of the ResNet-20, or the test images of a model of your own")
+    parser.add_argument("--calibration", help="folder of unlabelled images for a model of your own")
+    parser.add_argument("--weights", help="file of its weights")
     parser.add_argument("--images", type=int, default=1024, help="calibration images")
-    parser.add_argument("--steps", type=int, default=1000, help="steps a block")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stream-bits", default="w4a4", help="recipes that meet the 15 corruptions, packed")
+    parser.add_argument("--steps", type=int, default=500, help="steps a block")
     parser.add_argument("--stream-images", type=int, default=1000, help="images a corruption")
-    parser.add_argument("--adapters", default="source,norm,tent")
-    parser.add_argument("--out", default=str(FILE), help="rows are appended to this file")
+    parser.add_argument("--batch-size", type=int, default=200, help="images a batch of a stream")
+    parser.add_argument("--passes", type=int, default=1, help="walks of Tent through each stream")
+    parser.add_argument("--table-of", dest="table_of", default="cifar", help="table of corruptions: cifar or imagenet")
+    for name, default in AXES.items():
+        parser.add_argument(f"--{name}", type=_list(name), default=default, help=f"of {', '.join(map(str, default))}")
+    parser.add_argument("--shard", type=int, default=0, help="which of --shards this process measures")
+    parser.add_argument("--shards", type=int, default=1, help="processes that share the models of the grid")
+    parser.add_argument("--threads", type=int, help="of torch, in this process")
+    parser.add_argument("--cache", default=str(machine.ROOT / ".cache"), help="folder of packed models, made once each")
+    parser.add_argument("--commit", help="of a tree that travels without its history")
+    parser.add_argument(
+        "--out", help="rows are appended to this file; by default bench/results/accuracy/grid-MODEL.csv"
+    )
+    parser.add_argument("--table", action="store_true", help="print the rows of --out as Markdown and measure nothing")
+    parser.add_argument("--figure", help="draw the rows of --out into this file and measure nothing")
     parser.set_defaults(command=main)
 
 
-def _clean(images: Images) -> Stream:
-    return Stream([("clean", images)], [(0, list(range(len(images))))], 500)
+def _list(name):
+    def read(text):
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        known = KNOWN.get(name)
+        if known and (odd := sorted(set(parts) - set(known))):
+            raise argparse.ArgumentTypeError(f"--{name} takes {', '.join(known)}, got {', '.join(odd)}")
+        return [int(part) for part in parts] if name == "seeds" else parts
 
-
-def _row(bits, method, form, adapter, stream, result: Result, **facts) -> dict:
-    row = {"bits": bits, "method": method, "form": form, "adapter": adapter, "stream": stream}
-    return row | {"images": sum(result.images.values()), "error": round(result.mean_error, 2)} | facts
-
-
-@torch.no_grad()
-def _equal(quantised, packed, images: Images) -> bool:
-    """Tell whether both give the same bits on every image."""
-    return all(torch.equal(quantised(x), packed(x)) for x, _ in images.batches(250))
-
-
-def _file_bytes(packed) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        return ttaq.save(packed, Path(folder) / "model.safetensors").stat().st_size
-
-
-def _append(row: dict, path: Path) -> None:
-    row |= machine.commit(None) | {"machine": machine.facts("cpu")["machine"]}
-    fresh = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", restval="")
-        if fresh:
-            writer.writeheader()
-        writer.writerow(row)
-    print("  ".join(f"{k}={row[k]}" for k in COLUMNS[4:] if row.get(k, "") != ""), flush=True)
+    return read

@@ -7,8 +7,8 @@ from torch import nn
 
 import ttaq
 from ttaq import blockwise, reconstruct, reconstruction
-from ttaq.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
 from ttaq.blockwise import Schedule
+from ttaq.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
 
 QUICK = {"steps": 12, "batch_size": 4, "rounding_lr": 0.05, "progress": False}
 

@@ -1,4 +1,4 @@
-"""quantize: prepare, calibrate and reconstruct in one call."""
+"""quantize: prepare, calibrate, reconstruct and refine in one call."""
 
 from collections.abc import Iterable
 
@@ -6,12 +6,22 @@ from torch import nn
 
 from .batches import Forward, collect
 from .calibration import calibrate
+from .consistency import PCR
+from .perturbation import PEM
 from .preparation import prepare
 from .reconstruction import reconstruct
+from .refinement import Refinement, refine
 from .spec import Recipe
 from .surgery import device_of
 
-METHODS = ("qdrop", "rtn")
+METHODS = {
+    "ttaq": "PEM and PCR: regularised blocks learned under batch statistics, then the whole network refined",
+    "pem": "QDrop's blocks with PEM alone",
+    "pcr": "blocks learned under batch statistics, then the whole network refined: PCR alone",
+    "qdrop": "block reconstruction (arXiv:2203.05740)",
+    "rtn": "rounding to nearest",
+}
+REFINED = 0.3  # refinement steps for each step of a block
 
 
 def quantize(
@@ -19,7 +29,10 @@ def quantize(
     batches: Iterable,
     recipe: str | Recipe = "w4a4",
     *,
-    method: str = "qdrop",
+    method: str = "ttaq",
+    pem: PEM | None = None,
+    pcr: PCR | None = None,
+    refinement: Refinement | None = None,
     forward: Forward | None = None,
     progress: bool = True,
     **options,
@@ -30,10 +43,13 @@ def quantize(
         model: The float model; left as it is.
         batches: An iterable of tensors, (x, y) pairs or dicts; read once.
         recipe: "w4a4" and the like, or a Recipe.
-        method: "qdrop" reconstructs block by block (arXiv:2203.05740); "rtn" only rounds to nearest.
+        method: One of `METHODS`: "ttaq" (arXiv:2412.09899, in our form), "pem" or "pcr" alone, "qdrop", "rtn".
+        pem: In place of the method's PEM.
+        pcr: PCR in the blocks, which no method has by itself.
+        refinement: In place of the method's; by default 0.3 steps for each of a block.
         forward: Runs the model on one batch, `forward(model, x)`, when `model(x)` does not.
         progress: Show a bar.
-        options: Fields of `reconstruction.Schedule`, such as steps and seed.
+        options: Fields of `blockwise.Schedule`, such as steps and seed.
 
     Returns:
         The quantised model in eval mode, not yet packed; `ttaq_report` says what was done.
@@ -43,12 +59,25 @@ def quantize(
     """
     if method not in METHODS:
         raise ValueError(f"quantize: method must be one of {', '.join(METHODS)}, got {method!r}")
-    if method == "rtn" and options:
-        raise ValueError(f"quantize: rounding to nearest takes no {', '.join(options)}; use method='qdrop'")
+    given = list(options) + [name for name in ("pem", "pcr", "refinement") if locals()[name] is not None]
+    if method == "rtn" and given:
+        raise ValueError(f"quantize: rounding to nearest takes no {', '.join(given)}; use method='ttaq'")
     quantised = prepare(model, recipe).eval()
     inputs = collect("quantize", batches, device_of(quantised))
     calibrate(quantised, inputs, forward=forward)
-    if method == "qdrop":
-        reconstruct(quantised, inputs, forward=forward, progress=progress, **options)
+    settings = {"forward": forward, "progress": progress}
+    if method != "rtn":
+        if method in ("ttaq", "pem"):
+            pem = pem or PEM()
+        if method in ("ttaq", "pcr"):
+            options = {"statistics": "batch"} | options
+        reconstruct(quantised, inputs, pem=pem, pcr=pcr, **settings, **options)
+    if method in ("ttaq", "pcr") or refinement:
+        refine(quantised, inputs, refinement=refinement or _matching(quantised.ttaq_report["schedule"]), **settings)
     quantised.ttaq_report["method"] = method
     return quantised
+
+
+def _matching(schedule: dict) -> Refinement:
+    """Make the refinement that goes with a schedule of blocks: its seed, and steps in proportion."""
+    return Refinement(steps=max(1, round(REFINED * schedule["steps"])), seed=schedule["seed"])

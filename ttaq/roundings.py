@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from . import ops
 from .quantizers import WeightQuantizer, broadcast, dequantise, learning_scale
 
+_INNER = 0.25  # of a step: how far from its code a straight-through weight may start, so that noise does not flip it
+
 
 class Rounding(nn.Module):
     """What both roundings share; a `WeightQuantizer` that holds one gives the weight that it makes.
@@ -91,8 +93,8 @@ class StraightThrough(Rounding):
         if quantizer.codes is not None:
             scale = broadcast(quantizer.scale.detach(), weight, quantizer.spec.group)
             centre = dequantise(quantizer.codes, quantizer.scale.detach(), quantizer.zero, quantizer.spec.group)
-            below = torch.where(quantizer.codes > 0, centre - 0.49 * scale, -torch.inf)
-            above = torch.where(quantizer.codes < quantizer.spec.qmax, centre + 0.49 * scale, torch.inf)
+            below = torch.where(quantizer.codes > 0, centre - _INNER * scale, -torch.inf)
+            above = torch.where(quantizer.codes < quantizer.spec.qmax, centre + _INNER * scale, torch.inf)
             start = torch.minimum(torch.maximum(start, below), above)
         self.v = nn.Parameter(start)
 

@@ -12,15 +12,18 @@ from ..surgery import copy_model
 from .adapter import Adapter, Step
 from .gradient import GradientMethod, Tent
 from .guard import Skip
-from .losses import entropy
+from .losses import ABL, DOT, Loss, entropy
 from .method import Forward, Method
 from .statistics import AdaptiveBatchNorm, Norm, Source
 
 __all__ = [
+    "ABL",
+    "DOT",
     "METHODS",
     "Adapter",
     "AdaptiveBatchNorm",
     "GradientMethod",
+    "Loss",
     "Method",
     "Norm",
     "Skip",
@@ -56,7 +59,7 @@ def adapt(
         guard: Whether NaN and Inf skip the step and restore the last good state.
         history: How many of the latest steps `adapter.history` remembers.
         inplace: Adapt the caller's own model instead of a copy.
-        options: Arguments of the method, such as lr, optimizer, parameters, steps and statistics of `Tent`, or
+        options: Arguments of the method, such as lr, optimizer, parameters, steps, statistics and loss of `Tent`, or
             statistics, alpha, prior and momentum of `Norm`.
 
     Returns:

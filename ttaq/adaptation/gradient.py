@@ -15,7 +15,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import Adam, Optimizer
 
 from .guard import Guard
-from .losses import entropy
+from .losses import Loss, choose_loss
 from .method import Forward, Method
 from .statistics import AdaptiveBatchNorm, adapt_statistics, commit, discard, pending, running
 
@@ -44,6 +44,8 @@ class GradientMethod(Method):
         prior: Images that the source counts for.
         momentum: Share of the batch under "ema".
         full_batch: Images from which the rate is `lr` in full; 0 never lowers it.
+        loss: Of each image: "entropy", "abl" (`losses.ABL`), "abl-corrected", "dot" (`losses.DOT`), or any
+            `losses.Loss`.
 
     Raises:
         ValueError: No parameter is chosen, or an argument is out of range.
@@ -65,6 +67,7 @@ class GradientMethod(Method):
         prior: float = 16,
         momentum: float = 0.1,
         full_batch: int = 64,
+        loss: str | Loss = "entropy",
     ) -> None:
         super().__init__(model, forward)
         if not isinstance(steps, int) or steps < 1:
@@ -73,6 +76,7 @@ class GradientMethod(Method):
         self.parameters = select(model, parameters)
         self.lr, self.steps, self.full_batch = lr, steps, full_batch
         self._make_optimizer = optimizer
+        self.balance = copy.deepcopy(choose_loss(loss))
         self.reset()
 
     def loss(self, x: Tensor, logits: Tensor) -> Tensor:
@@ -91,8 +95,13 @@ class GradientMethod(Method):
                 logits = self.predict(x)
             loss = self.loss(x, logits)
             self._step(loss, len(x), guard, logits=[logits], statistics=pending(self.norms.values()))
+        self.balance.observe(logits)
         commit(self.norms.values())
         return loss.detach()
+
+    def answer(self, logits: Tensor) -> Tensor:
+        """Return the logits as the loss corrects them."""
+        return self.balance.answer(logits)
 
     def _step(self, loss: Tensor, images: int, guard: Guard, **groups: list[Tensor]) -> None:
         if not loss.requires_grad:
@@ -118,23 +127,25 @@ class GradientMethod(Method):
         return {**self.parameters, **running(self.norms)}
 
     def reset(self) -> None:
-        """Start with a new optimizer."""
+        """Start with a new optimizer and without a memory of the stream."""
+        self.balance.reset()
         for parameter in self.parameters.values():
             parameter.grad = None
         self.optimizer = self._make_optimizer(list(self.parameters.values()), lr=self.lr)
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of the optimizer's state."""
-        return {"optimizer": copy.deepcopy(self.optimizer.state_dict())}
+        """Return a copy of the optimizer's state and of what the loss remembers."""
+        return {"optimizer": copy.deepcopy(self.optimizer.state_dict()), "loss": self.balance.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the optimizer's state."""
+        """Take up the optimizer's state and what the loss remembers."""
+        self.balance.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
 
 
 class Tent(GradientMethod):
-    """Minimise the mean entropy of the predictions over the affine of the norm layers.
+    """Minimise the mean entropy of the predictions, or another loss, over the affine of the norm layers.
 
     ``L = mean_b H(softmax(z_b))``, BatchNorm on the statistics of the batch; networks with LayerNorm or GroupNorm
     adapt the affine alone. Published settings: Adam 1e-3 at batch 200 (CIFAR-C); SGD 2.5e-4, momentum 0.9 at
@@ -143,8 +154,8 @@ class Tent(GradientMethod):
     """
 
     def loss(self, x: Tensor, logits: Tensor) -> Tensor:
-        """Return the mean entropy."""
-        return entropy(logits).mean()
+        """Return the mean over the batch of the loss of each image."""
+        return self.balance.terms(logits).mean()
 
 
 def select(model: nn.Module, parameters: Parameters) -> dict[str, nn.Parameter]:

@@ -1,8 +1,22 @@
-"""What an unlabelled batch can say about a classifier: losses computed from logits alone."""
+"""What an unlabelled batch can say about a classifier: losses computed from logits alone.
+
+A loss gives one term an image, so that the weights and masks of sample-selecting methods multiply in. What it remembers
+of the stream it takes up in `observe`, once a step has proved sound.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
 from torch import Tensor
+
+FORMS = ("entropy", "pseudo", "debiased")
+_CERTAIN, _DOUBTFUL = 4.0, 2.0  # of the expected divergence: from where imbalance counts in full, and from where at all
+_ROUNDS, _SOFTER, _SMOOTH = 10, 2.0, 10.0  # of expectation and maximisation; temperature; images of a uniform prior
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -19,3 +33,229 @@ def entropy(logits: Tensor) -> Tensor:
     """
     log_p = logits.float().log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1)
+
+
+class Loss:
+    """The entropy of each prediction, and the shape of every other loss."""
+
+    name = "entropy"
+
+    def terms(self, logits: Tensor) -> Tensor:
+        """Return the loss of each image, (batch,), float32, differentiable in the logits (batch, classes)."""
+        return entropy(logits)
+
+    def observe(self, logits: Tensor) -> None:
+        """Take up what a batch says of the stream."""
+
+    def answer(self, logits: Tensor) -> Tensor:
+        """Return the logits that the caller is to get."""
+        return logits
+
+    def reset(self) -> None:
+        """Forget the stream."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of what is remembered."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+
+
+class _Averaging(Loss):
+    """A loss that keeps moving averages of class statistics, which start at their neutral values."""
+
+    averages: tuple[str, ...] = ("frequency",)
+    frequency: Tensor | None
+
+    def __init__(self, momentum: float) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"{type(self).__name__}: momentum must lie in 0 to below 1, got {momentum}; use 0.95")
+        self.momentum = momentum
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the averages."""
+        for name in self.averages:
+            setattr(self, name, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of the averages; empty before the first batch."""
+        held = {name: getattr(self, name) for name in self.averages}
+        return {name: value.clone() for name, value in held.items() if value is not None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the averages."""
+        self.reset()
+        for name, value in state.items():
+            setattr(self, name, value.clone())
+
+    def _begun(self, logits: Tensor) -> int:
+        classes = logits.shape[1]
+        if self.frequency is None:
+            self.frequency = logits.new_full((classes,), 1 / classes, dtype=torch.float32)
+        return classes
+
+    def _average(self, old: Tensor, new: Tensor) -> Tensor:
+        return torch.lerp(new, old, self.momentum)
+
+
+class DOT(_Averaging):
+    """Weigh the entropy of each image against the frequency of its predicted class, for comparison with `ABL`.
+
+    ``w_b = 1 / pi_argmax(b)``, scaled to mean 1 over the batch; ``pi <- m pi + (1 - m) mean_b p_b``.
+    Source: Zhao et al., DELTA, arXiv:2301.13018, section 3.3 (dynamic online re-weighting).
+
+    Args:
+        momentum: m.
+    """
+
+    name = "dot"
+
+    def __init__(self, momentum: float = 0.95) -> None:
+        super().__init__(momentum)
+
+    def terms(self, logits: Tensor) -> Tensor:
+        """Return the weighted entropies, (batch,)."""
+        self._begun(logits)
+        weight = 1 / (self.frequency[logits.argmax(-1)] + 1e-6)
+        return entropy(logits) * (weight / weight.mean())
+
+    @torch.no_grad()
+    def observe(self, logits: Tensor) -> None:
+        """Average the frequencies of a batch in."""
+        self._begun(logits)
+        self.frequency = self._average(self.frequency, logits.float().softmax(-1).mean(0))
+
+
+class ABL(_Averaging):
+    """Adaptive balanced loss: logits adjusted by the frequency and the complexity of each class.
+
+    ``a_c = tau g log(C pi_c) - beta log(kappa_c / mean kappa)``, centred, clipped to 3. With ``p = softmax(z)``:
+    "entropy" minimises ``-sum_c p_c log softmax(z + a)_c``, "pseudo" the same with p held fixed, and "debiased" the
+    entropy of ``softmax(z - a)``. Frequency ``pi`` averages the predictions, complexity ``kappa`` the normalised entropy
+    of the images of a class. g follows the evidence of imbalance: ``2 n KL(pi || uniform) / (C - 1)``, 1 by chance, lets
+    it rise from 0 at 2 to 1 at 4, n the images that the average stands for.
+
+    With `correct` the caller's logits are adjusted as well: ``z / T + g log(pi_batch)``, where pi_batch is the class
+    prior of the batch by expectation and maximisation, and g its own evidence; a balanced batch is left as it is.
+
+    Source of the aim: Xiao et al., TTAQ, arXiv:2412.09899 (ABL); the formulas are ours (docs/method.md). Source of the
+    prior's estimate: Saerens et al., Adjusting the Outputs of a Classifier, Neural Computation 14 (2002).
+
+    Args:
+        form: "entropy", "pseudo" or "debiased".
+        tau: Weight of frequency.
+        beta: Weight of complexity.
+        momentum: Of both averages.
+        correct: Adjust the logits that are returned, not only the loss.
+    """
+
+    name = "abl"
+    averages = ("frequency", "complexity", "seen")
+    complexity: Tensor | None
+    seen: Tensor | None
+
+    def __init__(
+        self,
+        form: str = "debiased",
+        *,
+        tau: float = 1.0,
+        beta: float = 0.5,
+        momentum: float = 0.95,
+        correct: bool = False,
+    ) -> None:
+        if form not in FORMS:
+            raise ValueError(f"ABL: form must be one of {', '.join(FORMS)}, got {form!r}")
+        self.form, self.tau, self.beta, self.correct = form, tau, beta, correct
+        super().__init__(momentum)
+
+    def terms(self, logits: Tensor) -> Tensor:
+        """Return the balanced loss of each image, (batch,)."""
+        z, shift = logits.float(), self.shift(logits)
+        if self.form == "debiased":
+            return entropy(z - shift)
+        p = z.softmax(-1)
+        return -((p.detach() if self.form == "pseudo" else p) * (z + shift).log_softmax(-1)).sum(-1)
+
+    @torch.no_grad()
+    def shift(self, logits: Tensor) -> Tensor:
+        """Return a, (classes,), float32, as the stream up to now has it."""
+        classes = self._begun(logits)
+        if self.seen is None:
+            return logits.new_zeros(classes, dtype=torch.float32)
+        tau = self.tau * evidence(self.frequency, self.seen)
+        adjusted = tau * (classes * self.frequency).clamp(min=1e-6).log()
+        adjusted = adjusted - self.beta * (self.complexity / self.complexity.mean()).clamp(min=1e-6).log()
+        return (adjusted - adjusted.mean()).clamp(-3, 3)
+
+    @torch.no_grad()
+    def observe(self, logits: Tensor) -> None:
+        """Average the frequencies and complexities of a batch in."""
+        classes = self._begun(logits)
+        p = logits.float().softmax(-1)
+        if self.seen is None:
+            self.complexity = torch.ones_like(self.frequency)
+            self.seen = torch.zeros_like(self.frequency[0])
+        mass = p.sum(0)
+        unsure = (p * entropy(logits)[:, None]).sum(0) / mass.clamp(min=1e-6) / math.log(classes)
+        self.frequency = self._average(self.frequency, p.mean(0))
+        averaged = self._average(self.complexity, unsure)
+        self.complexity = torch.where(mass > 0.5, averaged, self.complexity)
+        most = len(logits) * (1 + self.momentum) / (1 - self.momentum)  # images that a moving average stands for
+        self.seen = torch.clamp(self.seen + len(logits), max=most)
+
+    @torch.no_grad()
+    def answer(self, logits: Tensor) -> Tensor:
+        """Return the logits, adjusted to the class prior of the batch where `correct` says so."""
+        if not self.correct or len(logits) < 2:
+            return logits
+        prior, certain = batch_prior(logits)
+        adjusted = logits.float() / _SOFTER + certain * prior.log()
+        return torch.where(certain > 0, adjusted, logits.float()).to(logits.dtype)
+
+
+def evidence(frequency: Tensor, images: Tensor | float) -> Tensor:
+    """Say how certain it is that a frequency (classes,) of so many images is not chance about uniform, (), 0 to 1.
+
+    ``2 n KL(pi || uniform)`` is chi-square with C - 1 degrees of freedom by chance (the G test).
+    """
+    classes = len(frequency)
+    divergence = (frequency * (classes * frequency).clamp(min=1e-9).log()).sum()
+    times = 2 * images * divergence / (classes - 1)
+    return ((times - _DOUBTFUL) / (_CERTAIN - _DOUBTFUL)).clamp(0, 1)
+
+
+def batch_prior(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Estimate the class prior of a batch, and how certain it is that it is not uniform.
+
+    Expectation: ``p_b = softmax(z_b / T + log pi)``; maximisation: ``pi = (sum_b p_b + s / C) / (n + s)``; T = 2, s = 10.
+    Source: Saerens et al., Neural Computation 14 (2002), section 2.2.
+
+    Args:
+        logits: (batch, classes).
+
+    Returns:
+        (classes,) and (), float32.
+    """
+    z = logits.float() / _SOFTER
+    count, classes = z.shape
+    prior = z.new_full((classes,), 1 / classes)
+    for _ in range(_ROUNDS):
+        prior = ((z + prior.log()).softmax(-1).sum(0) + _SMOOTH / classes) / (count + _SMOOTH)
+    return prior, evidence(prior, count)
+
+
+LOSSES: dict[str, Callable[[], Loss]] = {
+    "entropy": Loss,
+    "abl": ABL,
+    "abl-corrected": partial(ABL, correct=True),
+    "dot": DOT,
+}
+
+
+def choose_loss(loss: str | Loss) -> Loss:
+    """Return a loss given by name, or as it is."""
+    if isinstance(loss, str) and loss not in LOSSES:
+        raise ValueError(f"adapt: loss must be one of {', '.join(LOSSES)} or a Loss, got {loss!r}")
+    return LOSSES[loss]() if isinstance(loss, str) else loss

@@ -49,6 +49,10 @@ class Method:
         """
         raise NotImplementedError
 
+    def answer(self, logits: Tensor) -> Tensor:
+        """Return what the caller gets for the logits of `predict`, (batch, classes): the same, unless overridden."""
+        return logits
+
     def tensors(self) -> dict[str, Tensor]:
         """Name the tensors that adapt, as the model's state_dict does."""
         return {}

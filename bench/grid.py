@@ -1,0 +1,229 @@
+"""The grid of accuracies: models, bits, ways of quantising, adapters, losses, statistics, streams and seeds."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import ttaq
+from ttaq.evaluation import Result, evaluate
+from ttaq.streams import Corrupted, Images, Stream, continual, correlated, long_tailed
+
+from . import machine
+
+KEY = (
+    "model", "bits", "method", "steps", "seed", "adapter", "loss", "statistics", "stream", "pass", "images",
+)  # fmt: skip
+COLUMNS = (
+    "commit", "dirty", "machine", *KEY, "error", "class_error", "bytes", "seconds", "note",
+)  # fmt: skip
+STREAMS = {"iid": continual, "correlated": correlated, "longtail": long_tailed}
+FLOAT = "w32a32"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with its images.
+
+    Args:
+        name: In the rows.
+        model: Float, in eval mode.
+        calibration: What it is quantised on.
+        test: What it is tested on.
+        architecture: Builds it without weights.
+    """
+
+    name: str
+    model: nn.Module
+    calibration: Images
+    test: Images
+    architecture: Callable[[], nn.Module]
+
+
+class Grid:
+    """Walk the cells that have no row yet, and append one row after another.
+
+    Args:
+        subject: Model and images.
+        path: The CSV file; its rows are not measured again.
+        cache: Folder of packed models, made once each.
+        device: Where everything runs.
+        source: What has the corruptions as domains of its own, as `CifarC`; None corrupts the test images.
+    """
+
+    def __init__(self, subject: Subject, path: Path, cache: Path, device: str = "cpu", source=None):
+        self.subject, self.path, self.cache, self.device, self.source = subject, path, cache, device, source
+        self.done = {tuple(row[k] for k in KEY) for row in read(path)}
+        self._corrupted: dict[int, object] = {}
+        self._answers: dict[int, torch.Tensor] = {}
+
+    def run(self, options) -> None:
+        """Measure every cell of the product of the options that is missing."""
+        triples = itertools.product(options.seeds, options.bits, options.methods)
+        triples = [t for t in triples if t[1] != FLOAT or t[2] == options.methods[0]]
+        for number, (seed, bits, method) in enumerate(triples):
+            if number % options.shards == options.shard:
+                method = "none" if bits == FLOAT else method
+                self._model(seed, bits, method, options)
+
+    def _model(self, seed, bits, method, options):
+        """Measure one model, clean and in every cell."""
+        base = {"model": self.subject.name, "bits": bits, "method": method, "seed": seed}
+        base["steps"] = options.steps if method not in ("none", "rtn") else 0
+        model = None
+        cells = [("none", "", "", "clean"), *_cells(options)]
+        for adapter, loss, statistics, stream in cells:
+            if method == "none" and loss not in ("", "entropy"):
+                continue
+            cell = base | {"adapter": adapter, "loss": loss, "statistics": statistics, "stream": stream}
+            if self._known(cell, options):
+                continue
+            if model is None:
+                model, facts = self._quantised(base, options)
+                self._answers.clear()
+            if stream == "clean":
+                self._write(cell | facts, evaluate(model, whole(self.subject.test)), 1, options)
+            else:
+                self._stream(model, cell, options)
+
+    def _stream(self, model, cell, options):
+        stream = self.stream(cell["stream"], cell["seed"], options)
+        if cell["adapter"] == "source":  # its answers depend on no order
+            self._write(cell, evaluate(_Remembering(model, self._answers), stream), 1, options)
+            return
+        settings = statistics_of(cell["statistics"]) | ({"loss": cell["loss"]} if cell["loss"] else {})
+        adapter = ttaq.adapt(model, cell["adapter"], **settings)
+        for number in range(1, _passes(cell["adapter"], options) + 1):
+            self._write(cell, evaluate(adapter, stream), number, options)
+
+    def _known(self, cell, options):
+        passes = _passes(cell["adapter"], options)
+        images = str(len(self.subject.test) if cell["stream"] == "clean" else options.stream_images)
+        rows = [cell | {"pass": number, "images": images} for number in range(1, passes + 1)]
+        return all(tuple(str(row[k]) for k in KEY) in self.done for row in rows)
+
+    def stream(self, kind: str, seed: int, options) -> Stream:
+        """Build the stream of a kind and seed; the corrupted images of a seed are made once."""
+        if seed not in self._corrupted:
+            self._corrupted = {seed: self.source or Corrupted(self.subject.test, seed=seed, table=options.table_of)}
+        return STREAMS[kind](
+            self._corrupted[seed], images=options.stream_images, batch_size=options.batch_size, seed=seed
+        )
+
+    def _quantised(self, base, options):
+        """Return the packed model of a row, from the cache or made now, and what making it took."""
+        if base["method"] == "none":
+            model = self.subject.model.to(self.device)
+            return model, {"bytes": 4 * sum(p.numel() for p in model.parameters())}
+        name = "-".join(str(base[k]) for k in ("model", "bits", "method", "steps", "seed"))
+        path = self.cache / f"{name}-{options.images}.safetensors"
+        facts = {}
+        if not path.exists():
+            settings = {} if base["method"] == "rtn" else {"steps": base["steps"], "seed": base["seed"]}
+            batches = [x.to(self.device) for x, _ in self.subject.calibration.batches(128)]
+            start = time.perf_counter()
+            quantised = ttaq.quantize(
+                self.subject.model.to(self.device),
+                batches,
+                base["bits"],
+                method=base["method"],
+                progress=False,
+                **settings,
+            )
+            facts["seconds"] = round(time.perf_counter() - start, 1)
+            facts["note"] = _note(quantised.ttaq_report)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            ttaq.save(ttaq.pack(quantised), path)
+        packed = ttaq.load(path, self.subject.architecture(), device=self.device)
+        return packed, facts | {"bytes": path.stat().st_size}
+
+    def _write(self, cell, result: Result, number: int, options) -> None:
+        images = len(self.subject.test) if cell["stream"] == "clean" else options.stream_images
+        row = cell | {"pass": number, "images": images, "error": round(result.mean_error, 3)}
+        row |= {"class_error": round(result.mean_class_error, 3)}
+        row.setdefault("seconds", round(result.seconds, 1))
+        row |= machine.commit(options.commit) | {"machine": machine.facts(self.device)["machine"]}
+        append(row, self.path)
+        self.done.add(tuple(str(row[k]) for k in KEY))
+        print("  ".join(f"{k}={row[k]}" for k in COLUMNS[4:] if row.get(k, "") != ""), flush=True)
+
+
+class _Remembering(nn.Module):
+    """A model that does not adapt, and so answers a whole stream once: later streams of the same images look it up."""
+
+    def __init__(self, model: nn.Module, answers: dict):
+        super().__init__()
+        self.model, self.answers = model, answers
+
+    def forward(self, x):
+        """Return the logits of a batch; images seen before are not computed again."""
+        keys = [hash(image.numpy().tobytes()) for image in x.cpu()]
+        new = [at for at, key in enumerate(keys) if key not in self.answers]
+        if new:
+            self.answers.update(zip([keys[at] for at in new], self.model(x[new]).cpu(), strict=True))
+        return torch.stack([self.answers[key] for key in keys]).to(x.device)
+
+
+def statistics_of(text: str) -> dict:
+    """Read "batch", "ema0.2" (momentum) or "blend0.5" (share of the batch)."""
+    for kind, option in (("ema", "momentum"), ("blend", "alpha")):
+        if text.startswith(kind):
+            return {"statistics": kind, option: float(text.removeprefix(kind))}
+    return {"statistics": text}
+
+
+def whole(images: Images) -> Stream:
+    """Make a stream of clean images, in their order."""
+    return Stream([("clean", images)], [(0, list(range(len(images))))], 500)
+
+
+def read(path: Path) -> list[dict]:
+    """Return the rows of a file; none where there is no file."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def append(row: dict, path: Path) -> None:
+    """Add one row, in one write, so that several processes may share a file."""
+    fresh = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", restval="")
+        if fresh:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def _cells(options) -> Iterator[tuple[str, str, str, str]]:
+    for stream in options.streams:
+        for adapter in options.adapters:
+            if adapter == "source":
+                yield adapter, "", "", stream
+            else:
+                losses = options.losses if adapter == "tent" else [""]
+                for statistics, loss in itertools.product(options.statistics, losses):
+                    yield adapter, loss, statistics, stream
+
+
+def _passes(adapter, options):
+    return options.passes if adapter == "tent" else 1
+
+
+def _note(report: dict) -> str:
+    """Say in a few words what the rules decided."""
+    words = []
+    if report.get("pem"):
+        words.append(f"PEM {report['pem']['strength']:g}")
+    if report.get("refinement"):
+        held, kept = report["refinement"]["held_out"], report["refinement"]["kept"]
+        words.append(f"refined {held['before']:.1f} -> {held['after']:.1f}{'' if kept else ' put back'}")
+    return "; ".join(words)

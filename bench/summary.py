@@ -1,0 +1,98 @@
+"""What the rows of the grid say: means over seeds with their deviation, differences paired by seed, and the figure."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from .grid import FLOAT, read
+
+CELL = ("bits", "adapter", "loss", "statistics", "stream", "pass")
+
+
+def show(path: Path, options: argparse.Namespace) -> int:
+    """Print the table of a file, and draw its figure where one is asked for."""
+    rows = read(path)
+    if not rows:
+        raise ValueError(f"bench accuracy: {path} holds no rows; run the grid first")
+    if options.figure:
+        _draw(rows, Path(options.figure))
+    print(table(rows), end="")
+    return 0
+
+
+def table(rows: list[dict]) -> str:
+    """Draw Markdown: a line a cell, a column a method, each "mean +- standard deviation (seeds)" of the error, percent;
+    behind it the difference to QDrop over the seeds that both have, with its standard error."""
+    cells, methods = _cells(rows)
+    head = [*CELL, *methods, "ttaq - qdrop"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for cell, found in cells.items():
+        values = [_spread(found[method].values()) if method in found else "" for method in methods]
+        lines.append("| " + " | ".join([*cell, *values, _paired(found.get("ttaq", {}), found.get("qdrop", {}))]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def paired(one: dict, other: dict) -> tuple[float, float, int]:
+    """Return mean, standard error and number of the differences between two maps of seed to error."""
+    both = [one[seed] - other[seed] for seed in one.keys() & other.keys()]
+    error = statistics.stdev(both) / len(both) ** 0.5 if len(both) > 1 else float("nan")
+    return (statistics.fmean(both) if both else float("nan")), error, len(both)
+
+
+def _cells(rows):
+    """Arrange the latest rows as cell -> method -> seed -> error; the float model stands beside every width."""
+    cells: dict[tuple, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        cells[tuple(row[key] for key in CELL)][row["method"]][row["seed"]] = float(row["error"])
+    widths = dict.fromkeys(row["bits"] for row in rows if row["bits"] != FLOAT)
+    for cell, found in list(cells.items()):
+        if cell[0] == FLOAT:
+            for width in widths:
+                cells[(width, *cell[1:])]["float"] = found["none"]
+            del cells[cell]
+    order = ("float", "rtn", "qdrop", "pem", "pcr", "ttaq")
+    there = {method for found in cells.values() for method in found}
+    return dict(sorted(cells.items())), [method for method in order if method in there]
+
+
+def _spread(values: Iterable[float]) -> str:
+    values = list(values)
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{deviation} ({len(values)})"
+
+
+def _paired(one, other):
+    mean, error, count = paired(one, other)
+    return f"{mean:+.2f} ± {error:.2f} ({count})" if count > 1 else (f"{mean:+.2f} (1)" if count else "")
+
+
+def _draw(rows, path):
+    """Draw a group of bars a cell of the first pass, a bar a method, with the deviation over seeds."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    cells, methods = _cells(rows)
+    cells = {cell: found for cell, found in cells.items() if cell[5] == "1" and cell[2] in ("", "entropy")}
+    widths = list(dict.fromkeys(cell[0] for cell in cells))
+    figure, axes = pyplot.subplots(len(widths), 1, figsize=(11, 3.2 * len(widths)), squeeze=False, layout="constrained")
+    for axis, width in zip(axes[:, 0], widths, strict=True):
+        chosen = {cell: found for cell, found in cells.items() if cell[0] == width}
+        for number, method in enumerate(methods):
+            at = [place + number / (len(methods) + 1) for place in range(len(chosen))]
+            values = [list(found.get(method, {}).values()) for found in chosen.values()]
+            heights = [statistics.fmean(v) if v else 0 for v in values]
+            spread = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
+            axis.bar(at, heights, 1 / (len(methods) + 1), yerr=spread, label=method, color=f"C{number}")
+        names = [" ".join(part for part in (cell[4], cell[1], cell[3]) if part) for cell in chosen]
+        axis.set_xticks([place + 0.4 for place in range(len(chosen))], names, rotation=20, ha="right", fontsize=8)
+        axis.set_ylabel("error, %")
+        axis.set_title(width)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].legend(ncols=len(methods), fontsize=8, frameon=False)
+    figure.savefig(path, dpi=150)
