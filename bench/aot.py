@@ -22,6 +22,7 @@ import torch
 from ttaq.kernels import codes as cd
 from ttaq.kernels import packed_conv2d as pc
 from ttaq.kernels import packed_linear as pl
+from ttaq.kernels import soft_round as sr
 
 ARCHITECTURES = (80, 90)
 
@@ -71,7 +72,7 @@ class Row:
 def _tiled(module: str, kernel: str, name: str, pointers: dict, **constants) -> Variant:
     """Describe a kernel over an (R, W) matrix whose columns are a multiple of 16."""
     sizes = {"R": "i32", "W": "i32:16", "C": "i32", "qmin": "fp32", "qmax": "fp32"}
-    return Variant(module, kernel, name, {**pointers, **sizes, **constants})
+    return Variant(module, kernel, name, {**sizes, **pointers, **constants})
 
 
 _LAYOUTS = {
@@ -96,13 +97,19 @@ def _fake_quant_variants() -> Iterator[Variant]:
 
 
 def _soft_round_variants() -> Iterator[Variant]:
-    names = ("w_ptr", "v_ptr", "scale_ptr", "zero_ptr", "beta_ptr", "y_ptr", "penalty_ptr")
-    backward = ("grad_ptr", "dpenalty_ptr", *names[:5], "dv_ptr")
-    for layout in ("per tensor", "per row", "per column"):
-        shape = _LAYOUTS[layout]
-        constants = {"STRETCH": 1.2, "SHIFT": -0.1, "BLOCK_W": 1024 // shape["BLOCK_R"], **shape}
-        for kernel, parameters in (("_soft_round_kernel", names), ("_soft_round_backward_kernel", backward)):
-            yield _tiled("soft_round", kernel, layout, dict.fromkeys(parameters, "*fp32"), **constants)
+    names = ("w_ptr", "v_ptr", "scale_ptr", "zero_ptr", "beta_ptr", "y_ptr", "penalty_ptr", "energy_ptr")
+    backward = ("grad_ptr", "dpenalty_ptr", "denergy_ptr", *names[:5], "dv_ptr")
+    curve = {"STRETCH": 1.2, "SHIFT": -0.1}
+    columns = dict.fromkeys(("stride_o", "outputs", "outputs_a_group", "stride_i", "inputs"), "i32")
+    for layout, energy in product(("per tensor", "per row", "per column"), (False, True)):
+        shape = {**_LAYOUTS[layout], **curve, "ENERGY": energy, "BLOCK_W": 1024 // _LAYOUTS[layout]["BLOCK_R"]}
+        name = layout + (", energy" if energy else "")
+        args = {**dict.fromkeys(backward, "*fp32"), **columns, **shape}
+        yield _tiled("soft_round", "_soft_round_backward_kernel", name, args)
+        rows = {"P": 1 if layout == "per tensor" else "i32", "inner": "i32:16", "STEPS": 1}
+        rows |= {"STEPS": 2, "P": "i32", "BLOCK_R": 8, "BLOCK_W": sr.WIDTH} if energy else {}
+        args = {**dict.fromkeys(names, "*fp32"), **shape, **rows}
+        yield _tiled("soft_round", "_soft_round_kernel", name, args)
 
 
 def _codes_variants() -> Iterator[Variant]:

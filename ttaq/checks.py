@@ -43,6 +43,15 @@ def check_scales(op, x, scale, zero, axis, group):
     return axis
 
 
+def check_conv_groups(op, w, conv_groups):
+    """Raise one sentence when w is no weight of a convolution of so many groups; 0 asks for nothing."""
+    if conv_groups and (conv_groups < 0 or w.ndim < 2 or w.shape[0] % conv_groups):
+        raise ValueError(
+            f"{op}: w wants shape (O, I, ...) with O a multiple of conv_groups {conv_groups}, got {tuple(w.shape)}; "
+            "use 1 for a linear or an ordinary convolution, 0 for no energy"
+        )
+
+
 def check_packable(op, codes, bits):
     """Raise one sentence when there are no such packed codes."""
     if bits not in cd.PACKABLE:

@@ -29,18 +29,22 @@ FAKE_QUANT_BACKWARD = declare(
     fake=lambda grad, x, scale, *_: (torch.empty_like(x), torch.empty_like(scale), torch.empty_like(scale)),
 )
 SOFT_ROUND = declare(
-    "soft_round(Tensor w, Tensor v, Tensor scale, Tensor zero, Tensor beta, int qmin, int qmax, int? axis, int group)"
-    " -> (Tensor y, Tensor penalty)",
+    "soft_round(Tensor w, Tensor v, Tensor scale, Tensor zero, Tensor beta, int qmin, int qmax, int? axis, int group,"
+    " int conv_groups) -> (Tensor y, Tensor penalty, Tensor energy)",
     Implementation("triton", sr.launch, gpu(sr.refuses)),
     Implementation("reference", sr.reference, never),
-    fake=lambda w, v, *_: (torch.empty_like(w), v.new_empty((), dtype=torch.float32)),
+    fake=lambda w, v, *rest: (
+        torch.empty_like(w),
+        v.new_empty((), dtype=torch.float32),
+        v.new_empty(rest[-1] * w.shape[1] if rest[-1] else 0, dtype=torch.float32),
+    ),
 )
 SOFT_ROUND_BACKWARD = declare(
-    "soft_round_backward(Tensor grad, Tensor dpenalty, Tensor w, Tensor v, Tensor scale, Tensor zero, Tensor beta,"
-    " int qmin, int qmax, int? axis, int group) -> Tensor",
+    "soft_round_backward(Tensor grad, Tensor dpenalty, Tensor denergy, Tensor w, Tensor v, Tensor scale, Tensor zero,"
+    " Tensor beta, int qmin, int qmax, int? axis, int group, int conv_groups) -> Tensor",
     Implementation("triton", sr.launch_backward, gpu(sr.refuses_backward)),
     Implementation("reference", sr.reference_backward, never),
-    fake=lambda grad, dpenalty, w, v, *_: torch.empty_like(v),
+    fake=lambda grad, dpenalty, denergy, w, v, *_: torch.empty_like(v),
 )
 QUANTIZE_CODES = declare(
     f"quantize_codes(Tensor x, {_SCALES}) -> (Tensor codes, Tensor nonfinite)",

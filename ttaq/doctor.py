@@ -132,9 +132,9 @@ def _packed_conv2d():
 SAMPLES: dict[str, Callable[[], tuple]] = {
     "fake_quant": lambda: (_rows(), *_grid()),
     "fake_quant_backward": lambda: (_rows(), _rows(), *_grid()),
-    "soft_round": lambda: (_rows(), _rows(), *_grid()[:2], torch.tensor(2.0), *_grid()[2:]),
+    "soft_round": lambda: (_rows(), _rows(), *_grid()[:2], torch.tensor(2.0), *_grid()[2:], 1),
     "soft_round_backward": lambda: (
-        _rows(), torch.tensor(1.0), _rows(), _rows(), *_grid()[:2], torch.tensor(2.0), *_grid()[2:],
+        _rows(), torch.tensor(1.0), torch.ones(16), _rows(), _rows(), *_grid()[:2], torch.tensor(2.0), *_grid()[2:], 1,
     ),
     "quantize_codes": lambda: (_rows(), *_grid()),
     "pack_codes": lambda: (_codes(), 4),

@@ -21,15 +21,15 @@ class FakeQuant(torch.autograd.Function):
 
 class SoftRound(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, w, v, scale, zero, beta, qmax, axis, group):
+    def forward(ctx, w, v, scale, zero, beta, qmax, axis, group, conv_groups):
         ctx.save_for_backward(w, v, scale, zero, beta)
-        ctx.grid = (0, qmax, axis, group)
+        ctx.grid = (0, qmax, axis, group, conv_groups)
         return RAW.soft_round(w, v, scale, zero, beta, *ctx.grid)
 
     @staticmethod
-    def backward(ctx, grad, dpenalty):
-        dv = RAW.soft_round_backward(grad, dpenalty, *ctx.saved_tensors, *ctx.grid)
-        return None, dv, *(None,) * 6
+    def backward(ctx, grad, dpenalty, denergy):
+        dv = RAW.soft_round_backward(grad, dpenalty, denergy, *ctx.saved_tensors, *ctx.grid)
+        return None, dv, *(None,) * 7
 
 
 class PackedLinear(torch.autograd.Function):

@@ -6,7 +6,7 @@ listed in `declarations`, the gradients in `gradients`.
 
 from torch import Tensor
 
-from .checks import check_conv2d, check_linear, check_operands, check_packable, check_scales, learns
+from .checks import check_conv2d, check_conv_groups, check_linear, check_operands, check_packable, check_scales, learns
 from .declarations import RAW
 from .gradients import FakeQuant, PackedConv2d, PackedLinear, QuantizedMatmul, SoftRound
 from .kernels import codes as cd
@@ -56,11 +56,13 @@ def soft_round(
     qmax: int,
     axis: int | None = None,
     group: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Quantise and dequantise a weight with learned rounding, and regularise the rounding.
+    conv_groups: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantise and dequantise a weight with learned rounding, regularise the rounding, and measure its columns.
 
     ``h = clip(1.2 sigmoid(v) - 0.1, 0, 1)``; ``y = (clamp(floor(w / scale) + h + zero, 0, qmax) - zero) * scale``;
-    ``penalty = sum(1 - |2 h - 1|^beta)``. Source: Nagel et al., Up or Down?, arXiv:2004.10568.
+    ``penalty = sum(1 - |2 h - 1|^beta)``; ``energy[k I + i] = sum y[o, i, ...]^2`` over the outputs o of group k and
+    the taps. Source: Nagel et al., Up or Down?, arXiv:2004.10568 (y and penalty).
 
     Args:
         w: The weight, float32, any shape; receives no gradient.
@@ -71,9 +73,11 @@ def soft_round(
         qmax: Highest code.
         axis: The axis `scale` runs along, or None.
         group: Elements of the last axis that share a scale, or 0.
+        conv_groups: Groups of the convolution that w (O, I, ...) belongs to, 1 for a linear or an ordinary one; 0 to
+            measure no energy.
 
     Returns:
-        (y, penalty): shape of `w`; ().
+        (y, penalty, energy): shape of `w`; (); (conv_groups * I,). All three are float32 and pass gradients to `v`.
 
     Raises:
         ValueError: A shape does not fit.
@@ -81,7 +85,8 @@ def soft_round(
     axis = check_scales("soft_round", w, scale, zero, axis, group)
     if v.shape != w.shape:
         raise ValueError(f"soft_round: v wants the shape of w {tuple(w.shape)}, got {tuple(v.shape)}; start it from w")
-    return SoftRound.apply(w, v, scale, zero, beta, qmax, axis, group)
+    check_conv_groups("soft_round", w, conv_groups)
+    return SoftRound.apply(w, v, scale, zero, beta, qmax, axis, group, conv_groups)
 
 
 def quantize_codes(

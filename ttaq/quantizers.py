@@ -209,7 +209,7 @@ class AdaRound(nn.Module):
 
     def forward(self, weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
         """Return the softly rounded weight; leave the regulariser in `penalty`."""
-        y, self.penalty = ops.soft_round(
+        y, self.penalty, _ = ops.soft_round(
             weight.detach(),
             self.v,
             quantizer.scale.detach(),
