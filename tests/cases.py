@@ -6,6 +6,7 @@ CPU from fixed seeds; `Case.on` moves them with their strides.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from packed_cases import (
@@ -17,6 +18,7 @@ from packed_cases import (
     packed_linear_backward,
 )
 from ttaq.kernels import codes as cd
+from ttaq.kernels import perturb as pt
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,31 @@ def fake_quant_backward() -> Samples:
             yield f"{name}-grad_in_another_layout", (grad.mT.contiguous().mT, x, *rest)
 
 
+def perturbed_fake_quant() -> Samples:
+    random = torch.Generator().manual_seed(16)
+    spreads, seeds = dict(zip(pt.KINDS, (0.5, 1.0, 0.3), strict=True)), (-1, 0, 7 << 40)
+    for (name, dtype), (k, kind) in product(FLOATS.items(), enumerate(pt.KINDS)):
+        for layout, x, axis, group in _layouts(lambda *shape, d=dtype: torch.randn(shape, generator=random).to(d)):
+            if group:
+                continue
+            spread = torch.rand(_scale_shape(x, axis, 0), generator=random) * 2 * spreads[kind]
+            scale, zero = torch.rand((), generator=random) * 0.2 + 0.05, torch.rand((), generator=random) * 16 - 0.5
+            zero = zero.round().int() if name == "f32" and axis == 0 else zero
+            yield f"{kind}-{layout}-{name}", (x, scale, zero, spread, torch.tensor(seeds[k]), 0, 15, axis, kind)
+        x, _, zero = _not_finite(dtype)
+        rest = (zero[0], torch.tensor(spreads[kind] / 2), torch.tensor(3), -3, 12, None, kind)
+        yield f"{kind}-not_finite-{name}", (x, torch.tensor(0.1), *rest)
+
+
+def perturbed_fake_quant_backward() -> Samples:
+    random = torch.Generator().manual_seed(17)
+    for name, (x, *rest) in perturbed_fake_quant():
+        grad = torch.randn(x.shape, generator=random).to(x.dtype)
+        yield name, (torch.empty_like(x).copy_(grad), x, *rest)
+        if name == "gauss-images-channels_last-f32":
+            yield f"{name}-grad_in_another_layout", (grad.mT.contiguous().mT, x, *rest)
+
+
 def soft_round() -> Samples:
     random = torch.Generator().manual_seed(13)
     layouts = [(*found, 0) for found in _layouts(lambda *shape: torch.randn(shape, generator=random))]
@@ -187,6 +214,8 @@ def unpack_codes() -> Samples:
 SAMPLES: dict[str, Callable[[], Samples]] = {
     "fake_quant": fake_quant,
     "fake_quant_backward": fake_quant_backward,
+    "perturbed_fake_quant": perturbed_fake_quant,
+    "perturbed_fake_quant_backward": perturbed_fake_quant_backward,
     "soft_round": soft_round,
     "soft_round_backward": soft_round_backward,
     "quantize_codes": quantize_codes,

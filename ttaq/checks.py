@@ -3,6 +3,7 @@
 import torch
 
 from .kernels import codes as cd
+from .kernels import perturb as pt
 
 
 def learns(*tensors):
@@ -43,6 +44,24 @@ def check_scales(op, x, scale, zero, axis, group):
     return axis
 
 
+def check_perturbation(op, x, scale, zero, kind, spread, seed, axis):
+    """Raise one sentence when a perturbation does not fit; return the axis as a non-negative number or None."""
+    check_devices(op, x, spread, seed)
+    check_scales(op, x, scale, zero, None, 0)
+    if kind not in pt.KINDS:
+        raise ValueError(f"{op}: kind must be one of {', '.join(pt.KINDS)}, got {kind!r}; use one of these")
+    if seed.shape != () or seed.dtype != torch.int64:
+        raise ValueError(f"{op}: seed wants shape () and int64, got {tuple(seed.shape)} and {seed.dtype}; draw one")
+    if axis is not None and not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"{op}: axis must lie in the {x.ndim} axes of x, got {axis}; use None for a single spread")
+    wanted = () if axis is None else (x.shape[axis],)
+    if spread.shape != wanted:
+        raise ValueError(
+            f"{op}: spread wants shape {wanted} for axis={axis}, got {tuple(spread.shape)}; reshape it or change axis"
+        )
+    return None if axis is None else axis % x.ndim
+
+
 def check_conv_groups(op, w, conv_groups):
     """Raise one sentence when w is no weight of a convolution of so many groups; 0 asks for nothing."""
     if conv_groups and (conv_groups < 0 or w.ndim < 2 or w.shape[0] % conv_groups):
@@ -58,6 +77,16 @@ def check_packable(op, codes, bits):
         raise ValueError(f"{op}: bits must be 2, 3, 4 or 8, got {bits}; 5 to 7 bits are simulated only, use 4 or 8")
     if codes.dtype != torch.uint8:
         raise ValueError(f"{op}: wanted uint8, got {codes.dtype}; quantize_codes makes such codes")
+
+
+def check_rows(op, words, bits, k):
+    """Raise one sentence when `words` are no packed rows of `k` codes."""
+    check_packable(op, words, bits)
+    if words.shape[-1] != cd.row_bytes(k, bits):
+        raise ValueError(
+            f"{op}: {k} codes of {bits} bits fill rows of {cd.row_bytes(k, bits)} bytes, "
+            f"got {words.shape[-1]}; pass the k and bits that the words were packed with"
+        )
 
 
 def check_words(op, x, words, scale, bits, k, scales):

@@ -7,10 +7,12 @@ from .kernels import codes as cd
 from .kernels import fake_quant as fq
 from .kernels import packed_conv2d as pc
 from .kernels import packed_linear as pl
+from .kernels import perturb as pt
 from .kernels import soft_round as sr
 
 RAW = torch.ops.ttaq
 _SCALES = "Tensor scale, Tensor zero, int qmin, int qmax, int? axis, int group"
+_PERTURBED = "Tensor scale, Tensor zero, Tensor spread, Tensor seed, int qmin, int qmax, int? axis, str kind"
 _CONV = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups"
 
 
@@ -26,6 +28,20 @@ FAKE_QUANT_BACKWARD = declare(
     Implementation("triton", fq.launch_backward, gpu(fq.refuses_backward)),
     Implementation("cpu", fq.launch_cpu_backward, cpu(fq.refuses_cpu_backward)),
     Implementation("reference", fq.reference_backward, never),
+    fake=lambda grad, x, scale, *_: (torch.empty_like(x), torch.empty_like(scale), torch.empty_like(scale)),
+)
+PERTURBED_FAKE_QUANT = declare(
+    f"perturbed_fake_quant(Tensor x, {_PERTURBED}) -> Tensor",
+    Implementation("triton", pt.launch, gpu(pt.refuses)),
+    Implementation("cpu", pt.launch_cpu, cpu(pt.refuses_cpu)),
+    Implementation("reference", pt.reference, never),
+    fake=lambda x, *_: torch.empty_like(x),
+)
+PERTURBED_FAKE_QUANT_BACKWARD = declare(
+    f"perturbed_fake_quant_backward(Tensor grad, Tensor x, {_PERTURBED}) -> (Tensor dx, Tensor dscale, Tensor dzero)",
+    Implementation("triton", pt.launch_backward, gpu(pt.refuses_backward)),
+    Implementation("cpu", pt.launch_cpu_backward, cpu(pt.refuses_cpu_backward)),
+    Implementation("reference", pt.reference_backward, never),
     fake=lambda grad, x, scale, *_: (torch.empty_like(x), torch.empty_like(scale), torch.empty_like(scale)),
 )
 SOFT_ROUND = declare(

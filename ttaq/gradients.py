@@ -16,7 +16,21 @@ class FakeQuant(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return *_fake_quant_gradients(ctx.needs_input_grad[:3], grad, *ctx.saved_tensors, *ctx.grid), *(None,) * 4
+        gradients = RAW.fake_quant_backward(grad, *ctx.saved_tensors, *ctx.grid)
+        return *_needed(ctx.needs_input_grad, gradients), *(None,) * 4
+
+
+class PerturbedFakeQuant(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale, zero, spread, seed, *grid):
+        ctx.save_for_backward(x, scale, zero, spread, seed)
+        ctx.grid = grid
+        return RAW.perturbed_fake_quant(x, scale, zero, spread, seed, *grid)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gradients = RAW.perturbed_fake_quant_backward(grad, *ctx.saved_tensors, *ctx.grid)
+        return *_needed(ctx.needs_input_grad, gradients), *(None,) * 6
 
 
 class SoftRound(torch.autograd.Function):
@@ -98,9 +112,9 @@ class QuantizedMatmul(torch.autograd.Function):
         return da, db, da_scale, None, db_scale, None, None, None
 
 
-def _fake_quant_gradients(needs, grad, x, scale, zero, *grid):
-    gradients = RAW.fake_quant_backward(grad, x, scale, zero, *grid)
-    return tuple(g if needed else None for g, needed in zip(gradients, needs, strict=True))
+def _needed(needs, gradients):
+    """Give the gradients of (x, scale, zero) that something asks for, and None for the others."""
+    return tuple(g if needed else None for g, needed in zip(gradients, needs[:3], strict=True))
 
 
 def _activation_codes(x, x_scale, x_zero, x_bits):

@@ -6,9 +6,19 @@ listed in `declarations`, the gradients in `gradients`.
 
 from torch import Tensor
 
-from .checks import check_conv2d, check_conv_groups, check_linear, check_operands, check_packable, check_scales, learns
+from .checks import (
+    check_conv2d,
+    check_conv_groups,
+    check_linear,
+    check_operands,
+    check_packable,
+    check_perturbation,
+    check_rows,
+    check_scales,
+    learns,
+)
 from .declarations import RAW
-from .gradients import FakeQuant, PackedConv2d, PackedLinear, QuantizedMatmul, SoftRound
+from .gradients import FakeQuant, PackedConv2d, PackedLinear, PerturbedFakeQuant, QuantizedMatmul, SoftRound
 from .kernels import codes as cd
 
 PACKABLE = cd.PACKABLE
@@ -44,6 +54,47 @@ def fake_quant(
     if learns(x, scale, zero):
         return FakeQuant.apply(x, scale, zero, qmin, qmax, axis, group)
     return RAW.fake_quant(x, scale, zero, qmin, qmax, axis, group)
+
+
+def perturbed_fake_quant(
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    *,
+    kind: str,
+    spread: Tensor,
+    seed: Tensor,
+    qmin: int,
+    qmax: int,
+    axis: int | None = None,
+) -> Tensor:
+    """Perturb an activation at random and fake-quantise it, in one pass that stores no random number.
+
+    "drop": x with probability `spread`, else ``fake_quant(x)``; "step": ``fake_quant(x + spread * scale * u)``, u in
+    [-1/2, 1/2); "gauss": ``fake_quant(x + spread * n)``, n nearly normal. Gradients as of `fake_quant` at what was
+    quantised. Source: Wei et al., QDrop, arXiv:2203.05740 (drop); Salmon et al., Philox4x32-10, SC 2011 (numbers).
+
+    Args:
+        x: Any shape, float16, bfloat16 or float32; any layout. The number of an element depends on its place in memory.
+        scale: (), float32, positive. Learns, but not from what is dropped.
+        zero: (), float32 (learns outside the range) or int32 (does not).
+        kind: "drop", "step" or "gauss".
+        spread: float32, () or (x.shape[axis],): a probability, steps, or the unit of `x`; receives no gradient.
+        seed: (), int64, on the device of `x`; equal seeds give equal numbers.
+        qmin: Lowest code.
+        qmax: Highest code.
+        axis: The axis `spread` runs along, or None.
+
+    Returns:
+        Shape, dtype and (for a dense x) strides of `x`.
+
+    Raises:
+        ValueError: `kind` is unknown, or `scale`, `spread` or `seed` does not fit.
+    """
+    axis = check_perturbation("perturbed_fake_quant", x, scale, zero, kind, spread, seed, axis)
+    if learns(x, scale, zero):
+        return PerturbedFakeQuant.apply(x, scale, zero, spread, seed, qmin, qmax, axis, kind)
+    return RAW.perturbed_fake_quant(x, scale, zero, spread, seed, qmin, qmax, axis, kind)
 
 
 def soft_round(
@@ -134,12 +185,7 @@ def unpack_codes(words: Tensor, bits: int, k: int) -> Tensor:
     Raises:
         ValueError: `bits`, the dtype or the row length does not fit.
     """
-    check_packable("unpack_codes", words, bits)
-    if words.shape[-1] != cd.row_bytes(k, bits):
-        raise ValueError(
-            f"unpack_codes: {k} codes of {bits} bits fill rows of {cd.row_bytes(k, bits)} bytes, "
-            f"got {words.shape[-1]}; pass the k and bits that the words were packed with"
-        )
+    check_rows("unpack_codes", words, bits, k)
     return RAW.unpack_codes(words, bits, k)
 
 
