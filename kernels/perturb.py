@@ -26,7 +26,7 @@ from ._triton import refuses as refuses_triton
 KINDS = tuple(_native.KINDS)
 LANES = 32
 UNIT = 0.006765875034034252  # 1 / sqrt(21845) in float32; 21845 is the variance of the sum of four bytes
-CALLS = 256  # a tile of a Triton program: calls of Philox, each for 4 or 8 elements
+CALLS = 512  # a tile of a Triton program: calls of Philox, 4 a thread, each for 4 or 8 elements
 ENOUGH_PROGRAMS, MOST_STEPS = 2048, 16
 _WORD = 0xFFFFFFFF
 

@@ -115,11 +115,15 @@ class ActivationQuantizer(Quantizer):
         if not self.active:
             return x
         scale, zero = self.grid(x)
+        grid = {"qmin": 0, "qmax": self.spec.qmax}
         if self.spec.granularity == "token":
-            return ops.fake_quant(x, scale[..., None], zero[..., None], qmin=0, qmax=self.spec.qmax, group=x.shape[-1])
+            return ops.fake_quant(x, scale[..., None], zero[..., None], group=x.shape[-1], **grid)
         scale = learning_scale(self, x.numel() // max(len(x), 1))
-        y = ops.fake_quant(x, scale, zero, qmin=0, qmax=self.spec.qmax)
-        return torch.where(torch.rand_like(x) < self.drop, x, y) if self.drop else y
+        if not self.drop:
+            return ops.fake_quant(x, scale, zero, **grid)
+        spread = torch.full((), self.drop, device=x.device)
+        seed = torch.randint((1 << 63) - 1, (), device=x.device)  # of torch's generator: seeded runs repeat
+        return ops.perturbed_fake_quant(x, scale, zero, kind="drop", spread=spread, seed=seed, **grid)
 
 
 class WeightQuantizer(Quantizer):
@@ -209,15 +213,8 @@ class AdaRound(nn.Module):
 
     def forward(self, weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
         """Return the softly rounded weight; leave the regulariser in `penalty`."""
-        y, self.penalty, _ = ops.soft_round(
-            weight.detach(),
-            self.v,
-            quantizer.scale.detach(),
-            quantizer.zero,
-            self.beta,
-            qmax=quantizer.spec.qmax,
-            **quantizer.layout,
-        )
+        tensors = (weight.detach(), self.v, quantizer.scale.detach(), quantizer.zero, self.beta)
+        y, self.penalty, _ = ops.soft_round(*tensors, qmax=quantizer.spec.qmax, **quantizer.layout)
         return y
 
     def codes(self, weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
