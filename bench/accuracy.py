@@ -1,9 +1,9 @@
 """`python -m bench accuracy`: errors of quantised, packed and adapting models on streams of corrupted images.
 
-Walks a grid and appends a row a cell; a second call goes on where the first one stopped. `--data` with cifar10_train.npz,
-cifar10_test.npz and resnet20_cifar10.safetensors gives the CIFAR ResNet-20; `--model digits-resnet` and `digits-vit` are
-the networks of the demo; any other `--model` is a reference such as timm:NAME, with `--weights`, `--calibration` and
-`--data` (a labelled folder, CIFAR-C or ImageNet-C).
+Walks a grid and appends a row a cell; a second call goes on where the first one stopped. `--data` with
+cifar10_train.npz, cifar10_test.npz and resnet20_cifar10.safetensors gives the CIFAR ResNet-20; `--model digits-resnet`
+and `digits-vit` are the networks of the demo; any other `--model` is a reference such as timm:NAME, with `--weights`,
+`--calibration` and `--data` (a labelled folder, CIFAR-C or ImageNet-C).
 """
 
 import argparse

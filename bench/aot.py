@@ -22,6 +22,8 @@ import torch
 from ttaq.kernels import codes as cd
 from ttaq.kernels import packed_conv2d as pc
 from ttaq.kernels import packed_linear as pl
+from ttaq.kernels import perturb as pt
+from ttaq.kernels import soft_round as sr
 
 ARCHITECTURES = (80, 90)
 
@@ -71,7 +73,7 @@ class Row:
 def _tiled(module: str, kernel: str, name: str, pointers: dict, **constants) -> Variant:
     """Describe a kernel over an (R, W) matrix whose columns are a multiple of 16."""
     sizes = {"R": "i32", "W": "i32:16", "C": "i32", "qmin": "fp32", "qmax": "fp32"}
-    return Variant(module, kernel, name, {**pointers, **sizes, **constants})
+    return Variant(module, kernel, name, {**sizes, **pointers, **constants})
 
 
 _LAYOUTS = {
@@ -95,14 +97,32 @@ def _fake_quant_variants() -> Iterator[Variant]:
             yield _tiled("fake_quant", "_fake_quant_backward_kernel", name, pointers, **shape, **block)
 
 
+def _perturb_variants() -> Iterator[Variant]:
+    names = ("scale_ptr", "zero_ptr", "spread_ptr", "dscale_ptr", "dzero_ptr")
+    sizes = {"seed_ptr": "*i64", "n": "i32:16", "C": "i32", "inner": "i32", "qmin": "fp32", "qmax": "fp32"}
+    constants = {**dict.fromkeys(names, "*fp32"), **sizes, "UNIT": pt.UNIT, "CALLS": pt.CALLS, "STEPS": 2}
+    for dtype, kind, bits in [*product(("fp32",), pt.KINDS, (0, 32)), ("bf16", "drop", 0)]:
+        pointers = dict.fromkeys(("grad_ptr", "x_ptr", "y_ptr", "dx_ptr"), f"*{dtype}")
+        args = {**pointers, **constants, "KIND": pt.KINDS.index(kind), "CHANNELS": bits}
+        for kernel in ("_perturb_kernel", "_perturb_backward_kernel"):
+            name = f"{dtype}, {kind}" + (", per channel" if bits else "")
+            yield Variant("perturb", kernel, name, args, wide=dtype == "fp32")
+
+
 def _soft_round_variants() -> Iterator[Variant]:
-    names = ("w_ptr", "v_ptr", "scale_ptr", "zero_ptr", "beta_ptr", "y_ptr", "penalty_ptr")
-    backward = ("grad_ptr", "dpenalty_ptr", *names[:5], "dv_ptr")
-    for layout in ("per tensor", "per row", "per column"):
-        shape = _LAYOUTS[layout]
-        constants = {"STRETCH": 1.2, "SHIFT": -0.1, "BLOCK_W": 1024 // shape["BLOCK_R"], **shape}
-        for kernel, parameters in (("_soft_round_kernel", names), ("_soft_round_backward_kernel", backward)):
-            yield _tiled("soft_round", kernel, layout, dict.fromkeys(parameters, "*fp32"), **constants)
+    names = ("w_ptr", "v_ptr", "scale_ptr", "zero_ptr", "beta_ptr", "y_ptr", "penalty_ptr", "energy_ptr")
+    backward = ("grad_ptr", "dpenalty_ptr", "denergy_ptr", *names[:5], "dv_ptr")
+    curve = {"STRETCH": 1.2, "SHIFT": -0.1}
+    columns = dict.fromkeys(("stride_o", "outputs", "outputs_a_group", "stride_i", "inputs"), "i32")
+    for layout, energy in product(("per tensor", "per row", "per column"), (False, True)):
+        shape = {**_LAYOUTS[layout], **curve, "ENERGY": energy, "BLOCK_W": 1024 // _LAYOUTS[layout]["BLOCK_R"]}
+        name = layout + (", energy" if energy else "")
+        args = {**dict.fromkeys(backward, "*fp32"), **columns, **shape}
+        yield _tiled("soft_round", "_soft_round_backward_kernel", name, args)
+        rows = {"P": 1 if layout == "per tensor" else "i32", "inner": "i32:16", "STEPS": 1}
+        rows |= {"STEPS": 2, "P": "i32", "BLOCK_R": 8, "BLOCK_W": sr.WIDTH} if energy else {}
+        args = {**dict.fromkeys(names, "*fp32"), **shape, **rows}
+        yield _tiled("soft_round", "_soft_round_kernel", name, args)
 
 
 def _codes_variants() -> Iterator[Variant]:
@@ -160,14 +180,8 @@ def _packed_conv2d_variants() -> Iterator[Variant]:
     pairs = [f"{of}_{side}" for of in ("step", "pad", "dilation") for side in "hw"]
     sizes = dict.fromkeys(("H", "W", "OH", "OW", *strides, *pairs), "i32")
     taken = [("u8", bits, 3, 64) for bits in cd.PACKABLE]
-    taken += [
-        ("u8", 8, 7, 64),
-        ("u8", 4, 3, 1),
-        ("bf16", 3, 3, 64),
-        ("bf16", 4, 1, 64),
-        ("fp32", 4, 3, 64),
-        ("fp32", 3, 3, 1),
-    ]
+    taken += [("u8", 8, 7, 64), ("u8", 4, 3, 1), ("bf16", 3, 3, 64), ("bf16", 4, 1, 64)]
+    taken += [("fp32", 4, 3, 64), ("fp32", 3, 3, 1)]
     for x, bits, taps, channels in taken:
         rows, m, depth = pc._tiles(channels, _TORCH[x])
         shape = {**sizes, "R": taps, "S": taps, "BLOCK_M": m}
@@ -176,21 +190,14 @@ def _packed_conv2d_variants() -> Iterator[Variant]:
         args = {**_packed_args(x, bits, taps == 1), **shape, "BLOCK_N": rows, "BLOCK_K": depth}
         yield Variant("packed_conv2d", "_packed_conv2d_kernel", name, args, 4, 2, x == "u8", False, mma)
         if x != "u8":
-            args = {
-                "grad_ptr": f"*{x}",
-                "dx_ptr": f"*{x}",
-                **_WEIGHT,
-                "M": "i32",
-                "N": "i32:16",
-                "C": "i32:16",
-                **shape,
-            }
-            args |= {"row_bytes": "i32", "BITS": bits, "BLOCK_C": rows, "BLOCK_N": depth}
+            args = {"grad_ptr": f"*{x}", "dx_ptr": f"*{x}", **_WEIGHT, **shape, "M": "i32", "N": "i32:16"}
+            args |= {"C": "i32:16", "row_bytes": "i32", "BITS": bits, "BLOCK_C": rows, "BLOCK_N": depth}
             yield Variant("packed_conv2d", "_packed_conv2d_backward_kernel", name, args, 4, 2, False, False, _MMA[x])
 
 
 VARIANTS: list[Variant] = [
     *_fake_quant_variants(),
+    *_perturb_variants(),
     *_soft_round_variants(),
     *_codes_variants(),
     *_packed_linear_variants(),

@@ -17,7 +17,7 @@ from ttaq.kernels._tiles import expand, reduce
 from ttaq import ops
 from ttaq.declarations import RAW
 
-from . import packed, rivals
+from . import packed, perturb, rivals
 from .case import BINDERS, DTYPES, PASSES, Case, Inputs, copy_bytes, drawn, forward
 
 
@@ -139,8 +139,14 @@ def _soft_round_case(name, shape, which, quick):
         return Inputs((w, v.requires_grad_(), scale, zero, beta), (v,), (grad, dpenalty))
 
     def exact(inputs):
-        args = (*(t.detach() for t in inputs.args), 0, 15, 0, 0)
-        return sr.reference(*args) if which == "forward" else (sr.reference_backward(*inputs.grads, *args),)
+        args = (*(t.detach() for t in inputs.args), 0, 15, 0, 0, 0)
+        if which == "forward":
+            return sr.reference(*args)[:2]
+        return (sr.reference_backward(*inputs.grads, args[0].new_empty(0), *args),)
+
+    def raw(inputs):
+        grads = (*inputs.grads, inputs.args[0].new_empty(0)) if which == "backward" else ()
+        return *grads, *inputs.args, 0, 15, 0, 0, 0
 
     bind = BINDERS[which]
     moved = _count(shape) * 4 * {"forward": 3, "backward": 4, "both": 7}[which]
@@ -149,8 +155,8 @@ def _soft_round_case(name, shape, which, quick):
         name=f"{name}, per channel, {_PASS_NAMES[which]}",
         dtype="float32",
         make=make,
-        raw=lambda i: (*(i.grads if which == "backward" else ()), *i.args, 0, 15, 0, 0),
-        ours=bind(partial(ops.soft_round, qmax=15, axis=0)),
+        raw=raw,
+        ours=bind(lambda *args: ops.soft_round(*args, qmax=15, axis=0)[:2]),
         rivals={"composed eager": bind(rivals.soft_round), "torch.compile": bind(rivals.compiled(rivals.soft_round))},
         ceiling=copy_bytes(moved),
         exact=exact,
@@ -258,6 +264,7 @@ def _size(count):
 
 CASES: dict[str, Callable[[str], Iterator[Case]]] = {
     "fake_quant": _fake_quant,
+    "perturb": perturb.cases,
     "soft_round": _soft_round,
     "codes": _codes,
     "packed_linear": packed.linear,

@@ -6,6 +6,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ttaq import ops
+
 ZETA, GAMMA = 1.2, -0.1  # the stretch of the rectified sigmoid
 
 
@@ -33,6 +35,20 @@ def learnable(x: Tensor, scale: Tensor, zero: Tensor, *, qmin: int, qmax: int, a
     else:
         y = torch._fake_quantize_learnable_per_channel_affine(wide, scale, zero, axis, qmin, qmax, 1.0)
     return y.to(x.dtype)
+
+
+def perturbed(
+    x: Tensor, scale: Tensor, zero: Tensor, spread: Tensor, seed: Tensor, *, qmin, qmax, axis, kind
+) -> Tensor:
+    """Compose perturbed fake quantisation of ours without a perturbation and of torch's random numbers."""
+    if axis is not None:
+        spread = spread.reshape([-1 if d == axis else 1 for d in range(x.ndim)])
+    if kind == "step":
+        x = x + spread * scale.detach() * (torch.rand_like(x) - 0.5)
+    if kind == "gauss":
+        x = x + spread * torch.randn_like(x)
+    y = ops.fake_quant(x, scale, zero, qmin=qmin, qmax=qmax)
+    return torch.where(torch.rand_like(x) < spread, x, y) if kind == "drop" else y
 
 
 def soft_round(w: Tensor, v: Tensor, scale: Tensor, zero: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,9 +23,13 @@ enum ttaq_error {
   TTAQ_BAD_LEVEL = -2,   // this processor or this build does not have the level
   TTAQ_BAD_BITS = -3,    // bits is none of 2, 3, 4, 8
   TTAQ_NO_MEMORY = -4,   // scratch memory could not be had
+  TTAQ_BAD_KIND = -5,    // kind is none of enum ttaq_kind
 };
 
 enum ttaq_dtype { TTAQ_FLOAT32 = 0, TTAQ_BFLOAT16 = 1, TTAQ_FLOAT16 = 2 };
+
+// How an element is perturbed before it is quantised (kernels/perturb.py).
+enum ttaq_kind { TTAQ_DROP = 0, TTAQ_STEP = 1, TTAQ_GAUSS = 2 };
 
 // Instruction sets of the CPU library. BASE is x86-64 as of 2003, or whatever another architecture was compiled for.
 enum ttaq_level { TTAQ_BASE = 0, TTAQ_V3 = 1, TTAQ_V4 = 2 };
@@ -50,6 +54,21 @@ TTAQ_EXPORT int ttaq_cpu_fake_quant_backward(const void* grad, const void* x, vo
                                              const void* zero, int zero_is_int, float* dscale, float* dzero, int dtype,
                                              int qmin, int qmax, int64_t outer, int64_t channels, int64_t inner,
                                              int threads, int level);
+
+// Fake quantisation under a random perturbation, with one scale and one zero. `spread` follows the canonical form; the
+// random number of an element depends on *seed and on its position alone.
+TTAQ_EXPORT int ttaq_cpu_perturbed_fake_quant(const void* x, void* y, const float* scale, const void* zero,
+                                              int zero_is_int, const float* spread, const int64_t* seed, int kind,
+                                              int dtype, int qmin, int qmax, int64_t outer, int64_t channels,
+                                              int64_t inner, int threads, int level);
+
+// The gradients of the above, drawing the same numbers anew. dscale, dzero: one float32 each, overwritten; the same bits
+// for any number of threads.
+TTAQ_EXPORT int ttaq_cpu_perturbed_fake_quant_backward(const void* grad, const void* x, void* dx, const float* scale,
+                                                       const void* zero, int zero_is_int, const float* spread,
+                                                       const int64_t* seed, float* dscale, float* dzero, int kind,
+                                                       int dtype, int qmin, int qmax, int64_t outer, int64_t channels,
+                                                       int64_t inner, int threads, int level);
 
 // codes = clamp(round(x / scale) + round(zero), qmin, qmax) as uint8; a NaN gets the code of 0.0.
 //   nonfinite: int32, one element, overwritten with the number of NaN and infinite x.

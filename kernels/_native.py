@@ -16,6 +16,7 @@ from torch import Tensor
 
 LEVELS = ("base", "v3", "v4")  # enum ttaq_level; x86-64-v3 is AVX2 with FMA, x86-64-v4 is AVX-512
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum ttaq_dtype
+KINDS = {"drop": 0, "step": 1, "gauss": 2}  # enum ttaq_kind
 BITS = (2, 3, 4, 8)
 
 _ERRORS = {
@@ -23,6 +24,7 @@ _ERRORS = {
     -2: "this processor does not have the instruction set asked for",
     -3: "bits must be 2, 3, 4 or 8",
     -4: "no memory for the partial sums",
+    -5: "kind must be drop, step or gauss",
 }
 _NO_DRIVER = 35
 _IMPORTED_BY = os.getpid()
@@ -35,6 +37,8 @@ _SIGNATURES = {
         "ttaq_cpu_has_pool": (),
         "ttaq_cpu_fake_quant": (_P, _P, _P, _P, _I, _I, _I, _I, *_FORM, _I, _I),
         "ttaq_cpu_fake_quant_backward": (_P, _P, _P, _P, _P, _I, _P, _P, _I, _I, _I, *_FORM, _I, _I),
+        "ttaq_cpu_perturbed_fake_quant": (_P, _P, _P, _P, _I, _P, _P, _I, _I, _I, _I, *_FORM, _I, _I),
+        "ttaq_cpu_perturbed_fake_quant_backward": (*(_P,) * 5, _I, *(_P,) * 4, _I, _I, _I, _I, *_FORM, _I, _I),
         "ttaq_cpu_quantize_codes": (_P, _P, _P, _P, _I, _P, _I, _I, _I, *_FORM, _I, _I),
         "ttaq_cpu_pack_codes": (_P, _P, _L, _L, _I, _I, _I),
         "ttaq_cpu_unpack_codes": (_P, _P, _L, _L, _I, _I, _I),
@@ -169,6 +173,47 @@ def fake_quant_backward(
             grad.data_ptr(), x.data_ptr(), dx.data_ptr(), scale.data_ptr(), zero.data_ptr(), zero.dtype == torch.int32,
             dscale.data_ptr(), dzero.data_ptr(), DTYPES[x.dtype], qmin, qmax, outer, channels, inner,
             _threads(), _level(level),
+        )
+    )  # fmt: skip
+
+
+def perturbed_fake_quant(
+    x: Tensor, y: Tensor, scale: Tensor, zero: Tensor, spread: Tensor, seed: Tensor, kind: str, qmin: int, qmax: int,
+    outer: int, channels: int, inner: int, level: str | None = None,
+) -> None:  # fmt: skip
+    """Write `x`, perturbed and fake-quantised as kernels/perturb.py says, to `y`.
+
+    Args:
+        x: As for `fake_quant`, and so y.
+        scale: One element, float32; zero: one element, float32 or int32.
+        spread: (channels,), float32.
+        seed: One element, int64.
+        kind: One of `KINDS`.
+    """
+    _check(
+        library("cpu").ttaq_cpu_perturbed_fake_quant(
+            *(t.data_ptr() for t in (x, y, scale, zero)), zero.dtype == torch.int32, spread.data_ptr(),
+            seed.data_ptr(), KINDS[kind], DTYPES[x.dtype], qmin, qmax, outer, channels, inner, _threads(),
+            _level(level),
+        )
+    )  # fmt: skip
+
+
+def perturbed_fake_quant_backward(
+    grad: Tensor, x: Tensor, dx: Tensor, scale: Tensor, zero: Tensor, spread: Tensor, seed: Tensor, dscale: Tensor,
+    dzero: Tensor, kind: str, qmin: int, qmax: int, outer: int, channels: int, inner: int, level: str | None = None,
+) -> None:  # fmt: skip
+    """Write the gradients of `perturbed_fake_quant`; the same bits for any number of threads.
+
+    Args:
+        grad: Elements, order and dtype of `x`, and so dx.
+        dscale: One element, float32, and so dzero; overwritten.
+    """
+    _check(
+        library("cpu").ttaq_cpu_perturbed_fake_quant_backward(
+            *(t.data_ptr() for t in (grad, x, dx, scale, zero)), zero.dtype == torch.int32,
+            *(t.data_ptr() for t in (spread, seed, dscale, dzero)), KINDS[kind], DTYPES[x.dtype], qmin, qmax,
+            outer, channels, inner, _threads(), _level(level),
         )
     )  # fmt: skip
 

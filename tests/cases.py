@@ -6,6 +6,7 @@ CPU from fixed seeds; `Case.on` moves them with their strides.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from packed_cases import (
@@ -17,6 +18,7 @@ from packed_cases import (
     packed_linear_backward,
 )
 from ttaq.kernels import codes as cd
+from ttaq.kernels import perturb as pt
 
 
 @dataclass(frozen=True)
@@ -112,25 +114,72 @@ def fake_quant_backward() -> Samples:
             yield f"{name}-grad_in_another_layout", (grad.mT.contiguous().mT, x, *rest)
 
 
+def perturbed_fake_quant() -> Samples:
+    random = torch.Generator().manual_seed(16)
+    spreads, seeds = dict(zip(pt.KINDS, (0.5, 1.0, 0.3), strict=True)), (-1, 0, 7 << 40)
+    for (name, dtype), (k, kind) in product(FLOATS.items(), enumerate(pt.KINDS)):
+        for layout, x, axis, group in _layouts(lambda *shape, d=dtype: torch.randn(shape, generator=random).to(d)):
+            if group:
+                continue
+            spread = torch.rand(_scale_shape(x, axis, 0), generator=random) * 2 * spreads[kind]
+            scale, zero = torch.rand((), generator=random) * 0.2 + 0.05, torch.rand((), generator=random) * 16 - 0.5
+            zero = zero.round().int() if name == "f32" and axis == 0 else zero
+            yield f"{kind}-{layout}-{name}", (x, scale, zero, spread, torch.tensor(seeds[k]), 0, 15, axis, kind)
+        x, _, zero = _not_finite(dtype)
+        rest = (zero[0], torch.tensor(spreads[kind] / 2), torch.tensor(3), -3, 12, None, kind)
+        yield f"{kind}-not_finite-{name}", (x, torch.tensor(0.1), *rest)
+
+
+def perturbed_fake_quant_backward() -> Samples:
+    random = torch.Generator().manual_seed(17)
+    for name, (x, *rest) in perturbed_fake_quant():
+        grad = torch.randn(x.shape, generator=random).to(x.dtype)
+        yield name, (torch.empty_like(x).copy_(grad), x, *rest)
+        if name == "gauss-images-channels_last-f32":
+            yield f"{name}-grad_in_another_layout", (grad.mT.contiguous().mT, x, *rest)
+
+
 def soft_round() -> Samples:
     random = torch.Generator().manual_seed(13)
-    for name, w, axis, group in _layouts(lambda *shape: torch.randn(shape, generator=random)):
+    layouts = [(*found, 0) for found in _layouts(lambda *shape: torch.randn(shape, generator=random))]
+    for name, w, axis, group, conv_groups in [*layouts, *_measured(random)]:
         shape = _scale_shape(w, axis, group)
         scale = torch.rand(shape, generator=random) * 0.2 + 0.05
         zero = torch.randint(0, 16, shape, generator=random).float()
         v = torch.randn(w.shape, generator=random) * 2
         beta = torch.tensor(2.0 + 18 * torch.rand((), generator=random).item())
-        yield name, (w, v, scale, zero.int() if group else zero, beta, 0, 15, axis, group)
+        yield name, (w, v, scale, zero.int() if group else zero, beta, 0, 15, axis, group, conv_groups)
     v = torch.tensor([[0.0, -0.0, 90.0, -90.0, 2.4, -2.4]])
     w = torch.randn(1, 6, generator=random)
-    yield "clipped", (w, v, torch.tensor([0.1]), torch.tensor([8.0]), torch.tensor(2.0), 0, 15, 0, 0)
+    yield "clipped", (w, v, torch.tensor([0.1]), torch.tensor([8.0]), torch.tensor(2.0), 0, 15, 0, 0, 1)
+
+
+def _measured(random):
+    """Yield (name, w, axis, group, conv_groups): weights whose columns are measured, in every order of memory."""
+    for name, shape, axis, group, conv_groups in (
+        ("linear", (9, 130), 0, 0, 1),
+        ("linear-groups", (21, 96), None, 32, 1),
+        ("linear-per_tensor", (300, 7), None, 0, 1),
+        ("linear-one_element", (1, 1), 0, 0, 1),
+        ("linear-empty", (0, 5), 0, 0, 1),
+        ("conv", (37, 5, 3, 2), 0, 0, 1),
+        ("conv-grouped", (12, 5, 3, 3), 0, 0, 3),
+        ("conv-depthwise", (10, 1, 3, 3), 0, 0, 10),
+        ("conv-axis_1", (6, 4, 3, 3), 1, 0, 2),
+    ):
+        yield f"energy-{name}", torch.randn(shape, generator=random), axis, group, conv_groups
+    channels_last = torch.randn(12, 5, 3, 3, generator=random).to(memory_format=torch.channels_last)
+    yield "energy-conv-grouped-channels_last", channels_last, 0, 0, 2
+    yield "energy-linear-transposed", torch.randn(20, 36, generator=random).T, 0, 0, 4
+    yield "energy-linear-slice", torch.randn(6, 40, generator=random)[:, 3:20], 1, 0, 1
 
 
 def soft_round_backward() -> Samples:
     random = torch.Generator().manual_seed(14)
     for name, (w, v, *rest) in soft_round():
         grad = torch.randn(w.shape, generator=random)
-        yield name, (grad, torch.tensor(0.37), w, v, *rest)
+        denergy = torch.randn(rest[-1] * w.shape[1] if rest[-1] else 0, generator=random)
+        yield name, (grad, torch.tensor(0.37), denergy, w, v, *rest)
 
 
 def quantize_codes() -> Samples:
@@ -165,6 +214,8 @@ def unpack_codes() -> Samples:
 SAMPLES: dict[str, Callable[[], Samples]] = {
     "fake_quant": fake_quant,
     "fake_quant_backward": fake_quant_backward,
+    "perturbed_fake_quant": perturbed_fake_quant,
+    "perturbed_fake_quant_backward": perturbed_fake_quant_backward,
     "soft_round": soft_round,
     "soft_round_backward": soft_round_backward,
     "quantize_codes": quantize_codes,

@@ -184,6 +184,15 @@ def test_fake_quant_rows_are_measured(bench, which, shape, axis, group, layout):
     assert all(r.max_error < 1e-5 and r.ratio > 0 and r.p20_us <= r.p50_us <= r.p80_us for r in rows)
 
 
+@pytest.mark.parametrize("which", ["forward", "backward", "both"])
+@pytest.mark.parametrize(("kind", "axis"), [("drop", None), ("step", None), ("gauss", 1)])
+def test_perturbed_rows_are_measured(bench, kind, axis, which):
+    case = bench("perturb").case("toy", (4, 6, 8), axis, kind, "float32", which)
+    rows = _measured(bench, case)
+    assert [r.rival for r in rows] == ["fake_quant and torch's numbers"]
+    assert all(r.max_error < 1e-5 and r.ratio > 0 for r in rows)
+
+
 @pytest.mark.filterwarnings("ignore:torch.quantize_per:UserWarning")
 def test_rivals_compute_what_ours_computes(bench):
     cases, packed = bench("cases"), bench("packed")

@@ -85,6 +85,7 @@ def _present(outputs):
 
 LEARNS = {
     "fake_quant": ("x", "scale", "zero"),
+    "perturbed_fake_quant": ("x", "scale"),
     "soft_round": ("v",),
     "packed_linear": ("x", "x_scale"),
     "packed_conv2d": ("x", "x_scale"),

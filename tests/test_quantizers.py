@@ -146,6 +146,29 @@ def test_dropping_leaves_a_share_in_float():
     assert (quantizer(x) == x).float().mean() < 0.01
 
 
+def test_what_is_dropped_repeats_with_the_generator_and_passes_its_gradient():
+    quantizer = ActivationQuantizer(QuantSpec(2))
+    quantizer.set_range(torch.tensor(0.5), torch.tensor(1.0))
+    quantizer.drop = 0.3
+    x = torch.randn(8, 500, requires_grad=True)
+    results = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        first, second = quantizer(x), quantizer(x)
+        assert not torch.equal(first, second)
+        results.append((first, *torch.autograd.grad(first.sum(), (x, quantizer.scale))))
+    assert all(torch.equal(a, b) for a, b in zip(*results[:2], strict=True))
+    assert not torch.equal(results[0][0], results[2][0])
+    y, dx, dscale = results[0]
+    quantizer.drop = 0.0
+    plain = quantizer(x)
+    dropped = y != plain
+    assert torch.equal(y, torch.where(dropped, x, plain))
+    assert dx[dropped].eq(1).all()
+    wanted = torch.autograd.grad(plain[~dropped].sum(), quantizer.scale)[0]
+    torch.testing.assert_close(dscale, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_samples_hold_the_extremes_and_repeat():
     quantizer = ActivationQuantizer(QuantSpec(8))
     x = torch.randn(50, 1000, dtype=torch.bfloat16)

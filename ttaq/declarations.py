@@ -7,10 +7,12 @@ from .kernels import codes as cd
 from .kernels import fake_quant as fq
 from .kernels import packed_conv2d as pc
 from .kernels import packed_linear as pl
+from .kernels import perturb as pt
 from .kernels import soft_round as sr
 
 RAW = torch.ops.ttaq
 _SCALES = "Tensor scale, Tensor zero, int qmin, int qmax, int? axis, int group"
+_PERTURBED = "Tensor scale, Tensor zero, Tensor spread, Tensor seed, int qmin, int qmax, int? axis, str kind"
 _CONV = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups"
 
 
@@ -28,19 +30,37 @@ FAKE_QUANT_BACKWARD = declare(
     Implementation("reference", fq.reference_backward, never),
     fake=lambda grad, x, scale, *_: (torch.empty_like(x), torch.empty_like(scale), torch.empty_like(scale)),
 )
+PERTURBED_FAKE_QUANT = declare(
+    f"perturbed_fake_quant(Tensor x, {_PERTURBED}) -> Tensor",
+    Implementation("triton", pt.launch, gpu(pt.refuses)),
+    Implementation("cpu", pt.launch_cpu, cpu(pt.refuses_cpu)),
+    Implementation("reference", pt.reference, never),
+    fake=lambda x, *_: torch.empty_like(x),
+)
+PERTURBED_FAKE_QUANT_BACKWARD = declare(
+    f"perturbed_fake_quant_backward(Tensor grad, Tensor x, {_PERTURBED}) -> (Tensor dx, Tensor dscale, Tensor dzero)",
+    Implementation("triton", pt.launch_backward, gpu(pt.refuses_backward)),
+    Implementation("cpu", pt.launch_cpu_backward, cpu(pt.refuses_cpu_backward)),
+    Implementation("reference", pt.reference_backward, never),
+    fake=lambda grad, x, scale, *_: (torch.empty_like(x), torch.empty_like(scale), torch.empty_like(scale)),
+)
 SOFT_ROUND = declare(
-    "soft_round(Tensor w, Tensor v, Tensor scale, Tensor zero, Tensor beta, int qmin, int qmax, int? axis, int group)"
-    " -> (Tensor y, Tensor penalty)",
+    "soft_round(Tensor w, Tensor v, Tensor scale, Tensor zero, Tensor beta, int qmin, int qmax, int? axis, int group,"
+    " int conv_groups) -> (Tensor y, Tensor penalty, Tensor energy)",
     Implementation("triton", sr.launch, gpu(sr.refuses)),
     Implementation("reference", sr.reference, never),
-    fake=lambda w, v, *_: (torch.empty_like(w), v.new_empty((), dtype=torch.float32)),
+    fake=lambda w, v, *rest: (
+        torch.empty_like(w),
+        v.new_empty((), dtype=torch.float32),
+        v.new_empty(rest[-1] * w.shape[1] if rest[-1] else 0, dtype=torch.float32),
+    ),
 )
 SOFT_ROUND_BACKWARD = declare(
-    "soft_round_backward(Tensor grad, Tensor dpenalty, Tensor w, Tensor v, Tensor scale, Tensor zero, Tensor beta,"
-    " int qmin, int qmax, int? axis, int group) -> Tensor",
+    "soft_round_backward(Tensor grad, Tensor dpenalty, Tensor denergy, Tensor w, Tensor v, Tensor scale, Tensor zero,"
+    " Tensor beta, int qmin, int qmax, int? axis, int group, int conv_groups) -> Tensor",
     Implementation("triton", sr.launch_backward, gpu(sr.refuses_backward)),
     Implementation("reference", sr.reference_backward, never),
-    fake=lambda grad, dpenalty, w, v, *_: torch.empty_like(v),
+    fake=lambda grad, dpenalty, denergy, w, v, *_: torch.empty_like(v),
 )
 QUANTIZE_CODES = declare(
     f"quantize_codes(Tensor x, {_SCALES}) -> (Tensor codes, Tensor nonfinite)",

@@ -97,6 +97,11 @@ def _grid():
     return torch.full((8,), 0.25), torch.full((8,), 8, dtype=torch.int32), 0, 15, 0, 0
 
 
+def _perturbation():
+    """Give (scale, zero, spread, seed, qmin, qmax, axis, kind) of 4 bits, a tenth of the elements dropped."""
+    return torch.tensor(0.25), torch.tensor(8.0), torch.tensor(0.1), torch.tensor(1), 0, 15, None, "drop"
+
+
 def _rows():
     return torch.linspace(-1, 1, 8 * 16).reshape(8, 16)
 
@@ -132,9 +137,11 @@ def _packed_conv2d():
 SAMPLES: dict[str, Callable[[], tuple]] = {
     "fake_quant": lambda: (_rows(), *_grid()),
     "fake_quant_backward": lambda: (_rows(), _rows(), *_grid()),
-    "soft_round": lambda: (_rows(), _rows(), *_grid()[:2], torch.tensor(2.0), *_grid()[2:]),
+    "perturbed_fake_quant": lambda: (_rows(), *_perturbation()),
+    "perturbed_fake_quant_backward": lambda: (_rows(), _rows(), *_perturbation()),
+    "soft_round": lambda: (_rows(), _rows(), *_grid()[:2], torch.tensor(2.0), *_grid()[2:], 1),
     "soft_round_backward": lambda: (
-        _rows(), torch.tensor(1.0), _rows(), _rows(), *_grid()[:2], torch.tensor(2.0), *_grid()[2:],
+        _rows(), torch.tensor(1.0), torch.ones(16), _rows(), _rows(), *_grid()[:2], torch.tensor(2.0), *_grid()[2:], 1,
     ),
     "quantize_codes": lambda: (_rows(), *_grid()),
     "pack_codes": lambda: (_codes(), 4),

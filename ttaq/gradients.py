@@ -16,20 +16,34 @@ class FakeQuant(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return *_fake_quant_gradients(ctx.needs_input_grad[:3], grad, *ctx.saved_tensors, *ctx.grid), *(None,) * 4
+        gradients = RAW.fake_quant_backward(grad, *ctx.saved_tensors, *ctx.grid)
+        return *_needed(ctx.needs_input_grad, gradients), *(None,) * 4
+
+
+class PerturbedFakeQuant(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale, zero, spread, seed, *grid):
+        ctx.save_for_backward(x, scale, zero, spread, seed)
+        ctx.grid = grid
+        return RAW.perturbed_fake_quant(x, scale, zero, spread, seed, *grid)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gradients = RAW.perturbed_fake_quant_backward(grad, *ctx.saved_tensors, *ctx.grid)
+        return *_needed(ctx.needs_input_grad, gradients), *(None,) * 6
 
 
 class SoftRound(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, w, v, scale, zero, beta, qmax, axis, group):
+    def forward(ctx, w, v, scale, zero, beta, qmax, axis, group, conv_groups):
         ctx.save_for_backward(w, v, scale, zero, beta)
-        ctx.grid = (0, qmax, axis, group)
+        ctx.grid = (0, qmax, axis, group, conv_groups)
         return RAW.soft_round(w, v, scale, zero, beta, *ctx.grid)
 
     @staticmethod
-    def backward(ctx, grad, dpenalty):
-        dv = RAW.soft_round_backward(grad, dpenalty, *ctx.saved_tensors, *ctx.grid)
-        return None, dv, *(None,) * 6
+    def backward(ctx, grad, dpenalty, denergy):
+        dv = RAW.soft_round_backward(grad, dpenalty, denergy, *ctx.saved_tensors, *ctx.grid)
+        return None, dv, *(None,) * 7
 
 
 class PackedLinear(torch.autograd.Function):
@@ -98,9 +112,9 @@ class QuantizedMatmul(torch.autograd.Function):
         return da, db, da_scale, None, db_scale, None, None, None
 
 
-def _fake_quant_gradients(needs, grad, x, scale, zero, *grid):
-    gradients = RAW.fake_quant_backward(grad, x, scale, zero, *grid)
-    return tuple(g if needed else None for g, needed in zip(gradients, needs, strict=True))
+def _needed(needs, gradients):
+    """Give the gradients of (x, scale, zero) that something asks for, and None for the others."""
+    return tuple(g if needed else None for g, needed in zip(gradients, needs[:3], strict=True))
 
 
 def _activation_codes(x, x_scale, x_zero, x_bits):

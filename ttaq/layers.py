@@ -139,7 +139,7 @@ class QuantMatMul(MatMul):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Multiply (..., M, K) by (..., K, N)."""
         left, right = self.left_quantizer, self.right_quantizer
-        if self.training or left.drop or not (left.active and right.active):
+        if self.training or left.perturbed or not (left.active and right.active):
             return left(a) @ right(b)
         (a_scale, a_zero), (b_scale, b_zero) = left.grid(a), right.grid(b)
         widths = {"a_bits": left.spec.bits, "b_bits": right.spec.bits}

@@ -4,11 +4,21 @@ Call these: a raw torch.ops.ttaq call has no gradient. Each op is opaque to torc
 listed in `declarations`, the gradients in `gradients`.
 """
 
-import torch
 from torch import Tensor
 
+from .checks import (
+    check_conv2d,
+    check_conv_groups,
+    check_linear,
+    check_operands,
+    check_packable,
+    check_perturbation,
+    check_rows,
+    check_scales,
+    learns,
+)
 from .declarations import RAW
-from .gradients import FakeQuant, PackedConv2d, PackedLinear, QuantizedMatmul, SoftRound
+from .gradients import FakeQuant, PackedConv2d, PackedLinear, PerturbedFakeQuant, QuantizedMatmul, SoftRound
 from .kernels import codes as cd
 
 PACKABLE = cd.PACKABLE
@@ -40,10 +50,51 @@ def fake_quant(
     Raises:
         ValueError: `scale` or `zero` does not fit, or is elsewhere than `x`.
     """
-    axis = _check_scales("fake_quant", x, scale, zero, axis, group)
-    if _learns(x, scale, zero):
+    axis = check_scales("fake_quant", x, scale, zero, axis, group)
+    if learns(x, scale, zero):
         return FakeQuant.apply(x, scale, zero, qmin, qmax, axis, group)
     return RAW.fake_quant(x, scale, zero, qmin, qmax, axis, group)
+
+
+def perturbed_fake_quant(
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    *,
+    kind: str,
+    spread: Tensor,
+    seed: Tensor,
+    qmin: int,
+    qmax: int,
+    axis: int | None = None,
+) -> Tensor:
+    """Perturb an activation at random and fake-quantise it, in one pass that stores no random number.
+
+    "drop": x with probability `spread`, else ``fake_quant(x)``; "step": ``fake_quant(x + spread * scale * u)``, u in
+    [-1/2, 1/2); "gauss": ``fake_quant(x + spread * n)``, n nearly normal. Gradients as of `fake_quant` at what was
+    quantised. Source: Wei et al., QDrop, arXiv:2203.05740 (drop); Salmon et al., Philox4x32-10, SC 2011 (numbers).
+
+    Args:
+        x: Any shape, float16, bfloat16 or float32; any layout. The number of an element depends on its place in memory.
+        scale: (), float32, positive. Learns, but not from what is dropped.
+        zero: (), float32 (learns outside the range) or int32 (does not).
+        kind: "drop", "step" or "gauss".
+        spread: float32, () or (x.shape[axis],): a probability, steps, or the unit of `x`; receives no gradient.
+        seed: (), int64, on the device of `x`; equal seeds give equal numbers.
+        qmin: Lowest code.
+        qmax: Highest code.
+        axis: The axis `spread` runs along, or None.
+
+    Returns:
+        Shape, dtype and (for a dense x) strides of `x`.
+
+    Raises:
+        ValueError: `kind` is unknown, or `scale`, `spread` or `seed` does not fit.
+    """
+    axis = check_perturbation("perturbed_fake_quant", x, scale, zero, kind, spread, seed, axis)
+    if learns(x, scale, zero):
+        return PerturbedFakeQuant.apply(x, scale, zero, spread, seed, qmin, qmax, axis, kind)
+    return RAW.perturbed_fake_quant(x, scale, zero, spread, seed, qmin, qmax, axis, kind)
 
 
 def soft_round(
@@ -56,11 +107,13 @@ def soft_round(
     qmax: int,
     axis: int | None = None,
     group: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Quantise and dequantise a weight with learned rounding, and regularise the rounding.
+    conv_groups: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantise and dequantise a weight with learned rounding, regularise the rounding, and measure its columns.
 
     ``h = clip(1.2 sigmoid(v) - 0.1, 0, 1)``; ``y = (clamp(floor(w / scale) + h + zero, 0, qmax) - zero) * scale``;
-    ``penalty = sum(1 - |2 h - 1|^beta)``. Source: Nagel et al., Up or Down?, arXiv:2004.10568.
+    ``penalty = sum(1 - |2 h - 1|^beta)``; ``energy[k I + i] = sum y[o, i, ...]^2`` over the outputs o of group k and
+    the taps. Source: Nagel et al., Up or Down?, arXiv:2004.10568 (y and penalty).
 
     Args:
         w: The weight, float32, any shape; receives no gradient.
@@ -71,17 +124,20 @@ def soft_round(
         qmax: Highest code.
         axis: The axis `scale` runs along, or None.
         group: Elements of the last axis that share a scale, or 0.
+        conv_groups: Groups of the convolution that w (O, I, ...) belongs to, 1 for a linear or an ordinary one; 0 to
+            measure no energy.
 
     Returns:
-        (y, penalty): shape of `w`; ().
+        (y, penalty, energy): shape of `w`; (); (conv_groups * I,). All three are float32 and pass gradients to `v`.
 
     Raises:
         ValueError: A shape does not fit.
     """
-    axis = _check_scales("soft_round", w, scale, zero, axis, group)
+    axis = check_scales("soft_round", w, scale, zero, axis, group)
     if v.shape != w.shape:
         raise ValueError(f"soft_round: v wants the shape of w {tuple(w.shape)}, got {tuple(v.shape)}; start it from w")
-    return SoftRound.apply(w, v, scale, zero, beta, qmax, axis, group)
+    check_conv_groups("soft_round", w, conv_groups)
+    return SoftRound.apply(w, v, scale, zero, beta, qmax, axis, group, conv_groups)
 
 
 def quantize_codes(
@@ -103,7 +159,7 @@ def quantize_codes(
     Raises:
         ValueError: `scale` does not fit, or qmax is beyond 255.
     """
-    axis = _check_scales("quantize_codes", x, scale, zero, axis, group)
+    axis = check_scales("quantize_codes", x, scale, zero, axis, group)
     if not 0 < qmax < 256:
         raise ValueError(f"quantize_codes: qmax must be 1 to 255 to fit a byte, got {qmax}; use 2 to 8 bits")
     return RAW.quantize_codes(x, scale, zero, 0, qmax, axis, group)
@@ -119,7 +175,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     Raises:
         ValueError: `bits` or the dtype does not fit.
     """
-    _check_packable("pack_codes", codes, bits)
+    check_packable("pack_codes", codes, bits)
     return RAW.pack_codes(codes, bits)
 
 
@@ -129,12 +185,7 @@ def unpack_codes(words: Tensor, bits: int, k: int) -> Tensor:
     Raises:
         ValueError: `bits`, the dtype or the row length does not fit.
     """
-    _check_packable("unpack_codes", words, bits)
-    if words.shape[-1] != cd.row_bytes(k, bits):
-        raise ValueError(
-            f"unpack_codes: {k} codes of {bits} bits fill rows of {cd.row_bytes(k, bits)} bytes, "
-            f"got {words.shape[-1]}; pass the k and bits that the words were packed with"
-        )
+    check_rows("unpack_codes", words, bits, k)
     return RAW.unpack_codes(words, bits, k)
 
 
@@ -176,15 +227,7 @@ def packed_linear(
     Raises:
         ValueError: A shape does not fit.
     """
-    k = x.shape[-1]
-    _check_words("packed_linear", x, words, scale, bits, k, (words.shape[0], k // group) if group else words.shape[:1])
-    if group and k % group:
-        raise ValueError(f"packed_linear: K must be a multiple of group {group}, got {k}; use a group that divides K")
-    if x_scale is not None and x_scale.shape not in ((), x.shape[:-1]):
-        raise ValueError(
-            f"packed_linear: x_scale wants shape () or {tuple(x.shape[:-1])}, got {tuple(x_scale.shape)}; "
-            "use one scale or one a token"
-        )
+    check_linear(x, words, scale, bits, group, x_scale)
     return PackedLinear.apply(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits)
 
 
@@ -229,20 +272,7 @@ def packed_conv2d(
     Raises:
         ValueError: A shape does not fit.
     """
-    if x.ndim != 4 or x.shape[1] % groups:
-        raise ValueError(
-            f"packed_conv2d: x wants (B, C, H, W) with C a multiple of groups {groups}, got {tuple(x.shape)}; "
-            "add the batch axis or check the channels"
-        )
-    _check_words(
-        "packed_conv2d", x, words, scale, bits, x.shape[1] // groups * kernel_size[0] * kernel_size[1], words.shape[:1]
-    )
-    spans = zip(x.shape[2:], padding, dilation, kernel_size, strict=True)
-    if any(size + 2 * p < d * (k - 1) + 1 for size, p, d, k in spans):
-        raise ValueError(
-            f"packed_conv2d: the kernel {tuple(kernel_size)} must fit into the padded input, got {tuple(x.shape)} "
-            f"with padding {tuple(padding)} and dilation {tuple(dilation)}; pass larger images"
-        )
+    check_conv2d(x, words, scale, bits, kernel_size, padding, dilation, groups)
     geometry = (list(kernel_size), list(stride), list(padding), list(dilation), groups)
     return PackedConv2d.apply(x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, *geometry)
 
@@ -265,66 +295,5 @@ def quantized_matmul(
     Raises:
         ValueError: The operands do not fit, or are on several devices.
     """
-    _check_devices("quantized_matmul", a, b, a_scale, b_scale)
-    if min(a.ndim, b.ndim) < 2 or a.shape[-1] != b.shape[-2]:
-        raise ValueError(
-            f"quantized_matmul: wanted (..., M, K) and (..., K, N), got {tuple(a.shape)} and {tuple(b.shape)}; "
-            "transpose one or check K"
-        )
+    check_operands(a, b, a_scale, b_scale)
     return QuantizedMatmul.apply(a, b, a_scale, a_zero, b_scale, b_zero, a_bits, b_bits)
-
-
-def _learns(*tensors):
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
-def _check_devices(op, x, *held):
-    for tensor in held:
-        if tensor.device != x.device:
-            raise ValueError(
-                f"{op}: x is on {x.device}, what it meets on {tensor.device}; move one with .to({str(x.device)!r})"
-            )
-
-
-def _check_scales(op, x, scale, zero, axis, group):
-    """Raise one sentence when the scales do not fit; return the axis as a non-negative number or None."""
-    _check_devices(op, x, scale, zero)
-    if group:
-        if x.shape[-1] % group:
-            raise ValueError(
-                f"{op}: the last axis must be a multiple of group {group}, got {x.shape[-1]}; use a divisor"
-            )
-        wanted = (*x.shape[:-1], x.shape[-1] // group)
-    elif axis is None:
-        wanted = ()
-    elif -x.ndim <= axis < x.ndim:
-        axis %= x.ndim
-        wanted = (x.shape[axis],)
-    else:
-        raise ValueError(f"{op}: axis must lie in the {x.ndim} axes of x, got {axis}; use None for a single scale")
-    if scale.shape != wanted or zero.shape != wanted:
-        raise ValueError(
-            f"{op}: scale and zero want shape {wanted} for axis={axis}, group={group}, "
-            f"got {tuple(scale.shape)} and {tuple(zero.shape)}; reshape them or change axis and group"
-        )
-    return axis
-
-
-def _check_packable(op, codes, bits):
-    if bits not in cd.PACKABLE:
-        raise ValueError(f"{op}: bits must be 2, 3, 4 or 8, got {bits}; 5 to 7 bits are simulated only, use 4 or 8")
-    if codes.dtype != torch.uint8:
-        raise ValueError(f"{op}: wanted uint8, got {codes.dtype}; quantize_codes makes such codes")
-
-
-def _check_words(op, x, words, scale, bits, k, scales):
-    _check_devices(op, x, words, scale)
-    if words.shape[-1] not in (k, cd.row_bytes(k, bits)):
-        raise ValueError(
-            f"{op}: {k} inputs of {bits} bits need rows of {cd.row_bytes(k, bits)} bytes, got {words.shape[-1]}; "
-            "the input does not fit this weight"
-        )
-    if scale.shape != torch.Size(scales):
-        raise ValueError(
-            f"{op}: scale wants shape {tuple(scales)}, got {tuple(scale.shape)}; use one per output or group"
-        )

@@ -59,7 +59,8 @@ def quantize(
     """
     if method not in METHODS:
         raise ValueError(f"quantize: method must be one of {', '.join(METHODS)}, got {method!r}")
-    given = list(options) + [name for name in ("pem", "pcr", "refinement") if locals()[name] is not None]
+    extras = {"pem": pem, "pcr": pcr, "refinement": refinement}
+    given = list(options) + [name for name, value in extras.items() if value is not None]
     if method == "rtn" and given:
         raise ValueError(f"quantize: rounding to nearest takes no {', '.join(given)}; use method='ttaq'")
     quantised = prepare(model, recipe).eval()

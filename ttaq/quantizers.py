@@ -70,6 +70,7 @@ class ActivationQuantizer(Quantizer):
 
     Source: Esser et al., arXiv:1902.08153 (scale and its gradient factor 1 / sqrt(n qmax), n elements a sample);
     Wei et al., QDrop, arXiv:2203.05740 (`drop`: the share of elements that stay in float while blocks are learned).
+    `perturbation` takes its place where it is set: ("step", codes) or ("gauss", dB), see `ops.perturbed_fake_quant`.
 
     Args:
         spec: Granularity "tensor" or "token".
@@ -116,11 +117,29 @@ class ActivationQuantizer(Quantizer):
         if not self.active:
             return x
         scale, zero = self.grid(x)
+        grid = {"qmin": 0, "qmax": self.spec.qmax}
         if self.spec.granularity == "token":
-            return ops.fake_quant(x, scale[..., None], zero[..., None], qmin=0, qmax=self.spec.qmax, group=x.shape[-1])
+            return ops.fake_quant(x, scale[..., None], zero[..., None], group=x.shape[-1], **grid)
         scale = learning_scale(self, x.numel() // max(len(x), 1))
-        y = ops.fake_quant(x, scale, zero, qmin=0, qmax=self.spec.qmax)
-        return torch.where(torch.rand_like(x) < self.drop, x, y) if self.drop else y
+        if not self.perturbed:
+            return ops.fake_quant(x, scale, zero, **grid)
+        kind, spread, axis = self._spread(x)
+        seed = torch.randint(1 << 62, (), device=x.device)
+        return ops.perturbed_fake_quant(x, scale, zero, kind=kind, spread=spread, seed=seed, axis=axis, **grid)
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether its passes are random: while blocks are learned."""
+        return bool(self.drop or self.perturbation)
+
+    def _spread(self, x):
+        """Return (kind, spread, axis) of the perturbation; the noise of "gauss" lies so many dB below each channel."""
+        kind, amount = self.perturbation or ("drop", self.drop)
+        if kind != "gauss":
+            return kind, torch.full((), amount, device=x.device), None
+        axis = 1 if x.ndim == 4 else x.ndim - 1
+        rms = x.detach().float().square().mean([d for d in range(x.ndim) if d != axis]).sqrt()
+        return kind, rms * 10 ** (-amount / 20), axis
 
 
 class WeightQuantizer(Quantizer):

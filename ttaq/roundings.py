@@ -60,15 +60,10 @@ class AdaRound(Rounding):
 
     def make(self, weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
         """Return the softly rounded weight; leave the regulariser in `penalty`."""
-        y, self.penalty = ops.soft_round(
-            self.base,
-            self.v,
-            quantizer.scale.detach(),
-            quantizer.zero,
-            self.beta,
-            qmax=quantizer.spec.qmax,
-            **quantizer.layout,
-        )
+        tensors = (self.base, self.v, quantizer.scale.detach(), quantizer.zero, self.beta)
+        grid = {"qmax": quantizer.spec.qmax, **quantizer.layout}
+        y, self.penalty, energy = ops.soft_round(*tensors, **grid, conv_groups=self.energy_groups)
+        self.energy = energy if self.energy_groups else None
         return y
 
     def codes(self, quantizer: WeightQuantizer) -> Tensor:

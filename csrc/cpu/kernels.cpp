@@ -4,7 +4,9 @@
 
 #include <math.h>
 
+#include "../ttaq_native.h"
 #include "number.h"
+#include "philox.h"
 
 namespace ttaq {
 namespace {
@@ -53,12 +55,14 @@ struct Terms {
   bool inside;
 };
 
-inline Terms terms(float grad, float x, float scale, float zero, Range range) {
+// What is `kept` as it is passes its gradient and gives nothing.
+inline Terms terms(float grad, float x, float scale, float zero, Range range, bool kept = false) {
   const float quotient = x / scale;
   const float rounded = nearest(quotient);
-  const float code = rounded + zero;
+  const float code = kept ? range.low : rounded + zero;
   const bool inside = (code >= range.low) & (code <= range.high);
-  return {grad * (inside ? rounded - quotient : clamp(code, range) - zero), inside ? 0.0f : -grad * scale, inside};
+  const float dscale = grad * (inside ? rounded - quotient : clamp(code, range) - zero);
+  return {kept ? 0.0f : dscale, inside ? 0.0f : -grad * scale, inside};
 }
 
 inline float pass(float grad, bool inside) { return inside ? grad : 0.0f; }
@@ -141,6 +145,75 @@ int64_t codes(const void* x_, uint8_t* codes_, Block block, const float* scale_,
   return nonfinite;
 }
 
+// Each of the four words of a call gives two numbers of 16 bits, or the sum of its four bytes; the numbers of one word
+// go to CALLS elements that lie together.
+template <int KIND>
+void draw(uint64_t seed, int64_t block, float* numbers) {
+  constexpr int SLOTS = KIND == TTAQ_GAUSS ? 4 : 8;
+  uint32_t words[4][CALLS];
+  for (int64_t first = block * DRAWN / SLOTS; first < (block + 1) * DRAWN / SLOTS; first += CALLS) {
+    philox(seed, uint64_t(first), words);
+    for (int slot = 0; slot < SLOTS; ++slot, numbers += CALLS) {
+      const uint32_t* word = words[slot * 4 / SLOTS];
+#pragma omp simd
+      for (int i = 0; i < CALLS; ++i) {
+        const uint32_t pairs = (word[i] & 0x00ff00ffu) + ((word[i] >> 8) & 0x00ff00ffu);
+        const uint32_t sum = (pairs & 0xffffu) + (pairs >> 16), half = (word[i] >> (slot % 2 * 16)) & 0xffffu;
+        numbers[i] = float(int32_t(KIND == TTAQ_GAUSS ? sum : half));
+      }
+    }
+  }
+}
+
+constexpr float UNIT = 0x1.bb688cp-8f;  // 1 / sqrt(21845), of unit variance: four bytes have four times 65535 / 12
+
+template <int KIND>
+inline float moved(float x, float number, float spread, float scale) {
+  if (KIND == TTAQ_STEP) return x + spread * scale * (number * 0x1p-16f - 0.5f);
+  if (KIND == TTAQ_GAUSS) return x + spread * ((number - 510.0f) * UNIT);
+  return x;
+}
+
+template <int KIND>
+inline bool kept(float number, float spread) {
+  return KIND == TTAQ_DROP && number < spread * 0x1p16f;
+}
+
+template <int KIND, class T>
+void perturb(const void* x_, void* y_, int64_t n, const float* numbers, const float* spreads, float scale, float zero,
+             Range range) {
+  const T* x = (const T*)x_;
+  T* y = (T*)y_;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const float value = widen(x[i]);
+    const float code = clamp(nearest(moved<KIND>(value, numbers[i], spreads[i], scale) / scale) + zero, range);
+    narrow(kept<KIND>(numbers[i], spreads[i]) ? value : (code - zero) * scale, y[i]);
+  }
+}
+
+template <int KIND, class T>
+void perturb_backward(const void* grad_, const void* x_, void* dx_, int64_t n, const float* numbers,
+                      const float* spreads, float scale, float zero, Range range, double* dscale, double* dzero) {
+  for (int64_t start = 0; start < n; start += TERMS * LANES) {
+    const T *grad = (const T*)grad_ + start, *x = (const T*)x_ + start;
+    T* dx = (T*)dx_ + start;
+    const float *number = numbers + start, *spread = spreads + start;
+    const int64_t size = n - start < TERMS * LANES ? n - start : TERMS * LANES;
+    float sum_scale = 0, sum_zero = 0;
+#pragma omp simd reduction(+ : sum_scale, sum_zero)
+    for (int64_t i = 0; i < size; ++i) {
+      const float at = moved<KIND>(widen(x[i]), number[i], spread[i], scale);
+      const Terms term = terms(widen(grad[i]), at, scale, zero, range, kept<KIND>(number[i], spread[i]));
+      dx[i] = pass(grad[i], term.inside);
+      sum_scale += term.dscale;
+      sum_zero += term.dzero;
+    }
+    *dscale += sum_scale;
+    *dzero += sum_zero;
+  }
+}
+
 // Eight codes fill BITS bytes exactly, so a row is packed eight by eight and its rest bit by bit.
 template <int BITS>
 void pack(const uint8_t* code, uint8_t* word, int64_t n) {
@@ -185,11 +258,16 @@ void copy(const uint8_t* from, uint8_t* to, int64_t n) { memcpy(to, from, size_t
       loop<float, const float*>, loop<bfloat16, const float*>, loop<float16, const float*> \
     }                                                                    \
   }
+#define OF_KIND(loop, kind) {loop<kind, float>, loop<kind, bfloat16>, loop<kind, float16>}
+#define FOR_EACH_KIND(loop) {OF_KIND(loop, TTAQ_DROP), OF_KIND(loop, TTAQ_STEP), OF_KIND(loop, TTAQ_GAUSS)}
 
 const Kernels TTAQ_LEVEL = {
     FOR_EACH_SPAN(forward),
     {FOR_EACH_DTYPE(backward_row), FOR_EACH_DTYPE(backward_columns)},
     FOR_EACH_SPAN(codes),
+    {draw<TTAQ_DROP>, draw<TTAQ_STEP>, draw<TTAQ_GAUSS>},
+    FOR_EACH_KIND(perturb),
+    FOR_EACH_KIND(perturb_backward),
     {nullptr, nullptr, pack<2>, pack<3>, pack<4>, nullptr, nullptr, nullptr, copy},
     {nullptr, nullptr, unpack<2>, unpack<3>, unpack<4>, nullptr, nullptr, nullptr, copy},
 };

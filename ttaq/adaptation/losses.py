@@ -133,9 +133,9 @@ class ABL(_Averaging):
 
     ``a_c = tau g log(C pi_c) - beta log(kappa_c / mean kappa)``, centred, clipped to 3. With ``p = softmax(z)``:
     "entropy" minimises ``-sum_c p_c log softmax(z + a)_c``, "pseudo" the same with p held fixed, and "debiased" the
-    entropy of ``softmax(z - a)``. Frequency ``pi`` averages the predictions, complexity ``kappa`` the normalised entropy
-    of the images of a class. g follows the evidence of imbalance: ``2 n KL(pi || uniform) / (C - 1)``, 1 by chance, lets
-    it rise from 0 at 2 to 1 at 4, n the images that the average stands for.
+    entropy of ``softmax(z - a)``. Frequency ``pi`` averages the predictions, complexity ``kappa`` the normalised
+    entropy of the images of a class. g follows the evidence of imbalance: ``2 n KL(pi || uniform) / (C - 1)``, 1 by
+    chance, lets it rise from 0 at 2 to 1 at 4, n the images that the average stands for.
 
     With `correct` the caller's logits are adjusted as well: ``z / T + g log(pi_batch)``, where pi_batch is the class
     prior of the batch by expectation and maximisation, and g its own evidence; a balanced batch is left as it is.
@@ -229,7 +229,7 @@ def evidence(frequency: Tensor, images: Tensor | float) -> Tensor:
 def batch_prior(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Estimate the class prior of a batch, and how certain it is that it is not uniform.
 
-    Expectation: ``p_b = softmax(z_b / T + log pi)``; maximisation: ``pi = (sum_b p_b + s / C) / (n + s)``; T = 2, s = 10.
+    Expectation: ``p_b = softmax(z_b / T + log pi)``; maximisation: ``pi = (sum_b p_b + s / C) / (n + s)``.
     Source: Saerens et al., Neural Computation 14 (2002), section 2.2.
 
     Args:
