@@ -74,10 +74,10 @@ def test_evaluation_of_every_form(name):
     assert list(results[0].errors) == ["shift 0", "shift 1"]
 
 
-def test_quantize_is_the_first_three_verbs():
+def test_qdrop_is_the_first_three_verbs():
     model, x = resnet().train(), input_of("resnet", seed=2)
     before = snapshot(model)
-    quantised = ttaq.quantize(model, [input_of("resnet")], "w3a4", **QUICK)
+    quantised = ttaq.quantize(model, [input_of("resnet")], "w3a4", method="qdrop", **QUICK)
     assert_unchanged(model, before)
     assert not quantised.training
     assert quantised.ttaq_report["method"] == "qdrop"
@@ -102,6 +102,9 @@ def test_the_report_can_be_written_as_json():
         "blocks",
         "schedule",
         "sqnr",
+        "pem",
+        "pcr",
+        "refinement",
         "method",
         "packed",
     }
@@ -112,8 +115,8 @@ def test_the_report_can_be_written_as_json():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "gptq"}, "^quantize: method must be one of qdrop, rtn, got 'gptq'"),
-        ({"method": "rtn", "steps": 3}, "^quantize: rounding to nearest takes no steps; use method='qdrop'"),
+        ({"method": "gptq"}, "^quantize: method must be one of ttaq, pem, pcr, qdrop, rtn, got 'gptq'"),
+        ({"method": "rtn", "steps": 3}, "^quantize: rounding to nearest takes no steps; use method='ttaq'"),
         ({"recipe": "w9a9"}, "^recipe 'w9a9': bits must be 2 to 8"),
         ({"step": 3}, "^reconstruct: there is no option step; there are steps, batch_size"),
         ({"batches": []}, "^quantize: the calibration set is empty"),
@@ -183,7 +186,8 @@ def test_a_hugging_face_vit(tmp_path):
 @pytest.mark.parametrize("name", list(BUILD))
 def test_half_precision_models(name, rounding, dtype):
     model, x = BUILD[name][0]().to(dtype), input_of(name).to(dtype)
-    quantised = ttaq.quantize(model, [x], "w4a8", rounding=rounding, **QUICK | {"rounding_lr": 0.01})
+    settings = QUICK | {"rounding": rounding, "rounding_lr": 0.01, "method": "qdrop"}
+    quantised = ttaq.quantize(model, [x], "w4a8", **settings)
     packed = ttaq.pack(quantised)
     with torch.no_grad():
         y, wanted = packed(x), model(x)

@@ -52,6 +52,21 @@ def call(model: nn.Module, entry: Any, forward: Forward | None) -> Any:
     return model(**entry) if isinstance(entry, dict) else model(entry)
 
 
+def logits_of(output: Any) -> Tensor:
+    """Pick the logits out of what a model returned: a tensor, an object or dict that names them, or the first of several.
+
+    Raises:
+        ValueError: There are none.
+    """
+    found = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", output)
+    found = found[0] if isinstance(found, (tuple, list)) and found else found
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"logits: the model must return logits, got {type(output).__name__}; pass forward=, which picks them out"
+        )
+    return found
+
+
 def join(inputs: list) -> Any:
     """Join the entries of `collect` into one: a tensor, or a dict of tensors, whose first axis counts the images."""
     if isinstance(inputs[0], dict):
@@ -73,7 +88,14 @@ def change_images(entry: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Apply a change to the images of an entry: its floating-point tensors (N, C, H, W); the rest stays."""
     if isinstance(entry, dict):
         return {k: change_images(v, change) for k, v in entry.items()}
-    return change(entry) if entry.ndim == 4 and entry.is_floating_point() else entry
+    return change(entry) if has_images(entry) else entry
+
+
+def has_images(entry: Any) -> bool:
+    """Tell whether an entry holds floating-point tensors (N, C, H, W)."""
+    if isinstance(entry, dict):
+        return any(has_images(value) for value in entry.values())
+    return entry.ndim == 4 and entry.is_floating_point()
 
 
 def choose(picked: Tensor, entry: Any, other: Any) -> Any:

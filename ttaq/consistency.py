@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .augment import add_noise, change_light
-from .batches import Forward, call, change_images, join, take
+from .batches import Forward, call, change_images, join, logits_of, take
 from .blocks import Block, run_block
 from .caching import BlockCache
 from .distances import softened_divergence, squared_distance
@@ -121,7 +121,7 @@ class Consistency:
         hook = last.register_forward_hook(lambda module, args, result: _replaced(result, output, self.block.result))
         try:
             with disabled(self.model):
-                return call(self.model, take(self.images, picked), self.forward)
+                return logits_of(call(self.model, take(self.images, picked), self.forward))
         finally:
             hook.remove()
 

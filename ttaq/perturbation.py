@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .augment import add_noise, change_light
-from .batches import Forward, call, change_images
+from .batches import Forward, call, change_images, has_images
 from .layers import QuantConv2d, QuantLinear, QuantMatMul, pad_input
 from .quantizers import ActivationQuantizer, disabled
 
@@ -79,17 +79,15 @@ def measure_noise(model: nn.Module, inputs: list, forward: Forward | None, seed:
     generator = torch.Generator().manual_seed(seed)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (QuantLinear, QuantConv2d))}
     sums = {}
-    changed = False
+    if not all(has_images(entry) for entry in inputs):
+        raise ValueError("PEM: the inputs hold no images (N, C, H, W) to perturb; give snr in dB")
     with disabled(model):
         for entry in inputs:
             view = change_images(entry, lambda x: add_noise(change_light(x, generator), generator))
-            changed |= view is not entry
             clean, moved = (_inputs_of(layers, lambda e=e: call(model, e, forward)) for e in (entry, view))
             for name, x in clean.items():
                 terms = torch.stack([_energy((moved[name] - x), layers[name]), _energy(x, layers[name])])
                 sums[name] = sums[name] + terms if name in sums else terms
-    if not changed:
-        raise ValueError("PEM: the inputs hold no images (N, C, H, W) to perturb; give snr in dB")
     return {name: torch.where(x > 0, d / x.clamp(min=1e-30), 0.0) for name, (d, x) in sums.items()}
 
 

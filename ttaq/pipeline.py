@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from .batches import Forward, collect
+from .batches import Forward, collect, has_images
 from .calibration import calibrate
 from .consistency import PCR
 from .perturbation import PEM
@@ -44,7 +44,7 @@ def quantize(
         batches: An iterable of tensors, (x, y) pairs or dicts; read once.
         recipe: "w4a4" and the like, or a Recipe.
         method: One of `METHODS`: "ttaq" (arXiv:2412.09899, in our form), "pem" or "pcr" alone, "qdrop", "rtn".
-        pem: In place of the method's PEM.
+        pem: In place of the method's PEM, whose noise is measured on the images (20 dB where inputs are none).
         pcr: PCR in the blocks, which no method has by itself.
         refinement: In place of the method's; by default 0.3 steps for each of a block.
         forward: Runs the model on one batch, `forward(model, x)`, when `model(x)` does not.
@@ -69,7 +69,7 @@ def quantize(
     settings = {"forward": forward, "progress": progress}
     if method != "rtn":
         if method in ("ttaq", "pem"):
-            pem = pem or PEM()
+            pem = pem or PEM(snr=None if has_images(inputs[0]) else 20.0)
         if method in ("ttaq", "pcr"):
             options = {"statistics": "batch"} | options
         reconstruct(quantised, inputs, pem=pem, pcr=pcr, **settings, **options)

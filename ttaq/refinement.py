@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .augment import add_noise, change_light, shift_and_flip
-from .batches import Forward, call, change_images, choose, collect, count, join, take
+from .batches import Forward, call, change_images, choose, collect, count, join, logits_of, take
 from .distances import softened_divergence
 from .learning import Learned, check_ready, frozen, progress_bar, quant_layers, restored_on_failure, seeded, settings
 from .norms import batch_norms, live, measure_again
@@ -165,9 +165,9 @@ class _Task:
         view = change_images(entry, lambda x: self._perturb(x, generator))
         anchored = torch.rand(count(entry), generator=generator) < self.chosen.anchor
         with torch.no_grad(), disabled(self.model):
-            target = call(self.model, choose(anchored, entry, view), self.forward)
+            target = logits_of(call(self.model, choose(anchored, entry, view), self.forward))
         with live(self.norms):
-            return target, call(self.model, view, self.forward)
+            return target, logits_of(call(self.model, view, self.forward))
 
     def _perturb(self, x, generator):
         view = change_light(x, generator, self.chosen.light, self.chosen.light)
