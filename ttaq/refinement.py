@@ -47,7 +47,7 @@ class Refinement:
 
     steps: int = 300
     batch_size: int = 64
-    weight_lr: float = 0.03
+    weight_lr: float = 0.015
     scale_lr: float = 1e-3
     temperature: float = 4.0
     anchor: float = 0.5
