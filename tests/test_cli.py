@@ -95,7 +95,7 @@ def test_evaluate_agrees_with_the_library(folder, tmp_path, adapter):
     written = json.loads((tmp_path / "out.json").read_text())
     (row,), (errors,) = written["rows"], written["errors"]
     assert tuple(row) == KEYS
-    assert (row["bits"], row["method"], row["form"], row["adapter"]) == ("w4a4", "qdrop", "packed", adapter)
+    assert (row["bits"], row["method"], row["form"], row["adapter"]) == ("w4a4", "ttaq", "packed", adapter)
     model = ttaq.load(folder / "model.safetensors", tiny())
     images = ttaq.streams.load_npz(folder / "clean.npz", mean=(0.5, 0.5, 0.4))
     stream = ttaq.continual(images, corruptions=("fog", "contrast"), images=20, batch_size=10)

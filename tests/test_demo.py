@@ -48,7 +48,7 @@ def test_every_combination_has_one_row_with_the_agreed_keys(run):
     assert written["rows"] == results.rows
     assert all(tuple(row) == KEYS for row in written["rows"])
     made = [tuple(row[key] for key in ("model", "method", "form", "adapter")) for row in results.rows]
-    forms = [("none", "float"), ("rtn", "fake-quantised"), ("qdrop", "fake-quantised"), ("qdrop", "packed")]
+    forms = [("none", "float"), ("rtn", "fake-quantised"), ("ttaq", "fake-quantised"), ("ttaq", "packed")]
     adapters = {"resnet": ("source", "norm", "tent"), "vit": ("source", "tent")}
     assert made == [(name, *form, adapter) for name in adapters for form in forms for adapter in adapters[name]]
     assert all(set(errors) == {"fog", "contrast"} for errors in results.errors)
@@ -66,7 +66,7 @@ def test_packed_rows_repeat_the_fake_quantised_ones_and_give_the_size_of_their_f
     out, results = run
     lines = {(line.model, line.method, line.form): line for line in results.lines()}
     for name in NETWORKS:
-        packed, simulated = lines[name, "qdrop", "packed"], lines[name, "qdrop", "fake-quantised"]
+        packed, simulated = lines[name, "ttaq", "packed"], lines[name, "ttaq", "fake-quantised"]
         assert packed.error("source") == simulated.error("source")
         assert packed.bytes == (out / "checkpoints" / f"{name}-w4a4.safetensors").stat().st_size
         assert simulated.bytes is None

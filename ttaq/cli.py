@@ -95,7 +95,7 @@ def quantize(
     weights: Annotated[Path | None, typer.Option(help="Local .safetensors or .pth state_dict.")] = None,
     num_classes: Annotated[int | None, typer.Option(min=1, help="Handed to the model's builder.")] = None,
     images: Annotated[int, typer.Option(min=1, help="To calibrate on.")] = 1024,
-    method: Annotated[str, typer.Option(help="qdrop (reconstruction) or rtn (round to nearest).")] = "qdrop",
+    method: Annotated[str, typer.Option(help="ttaq, pem, pcr, qdrop or rtn (round to nearest).")] = "ttaq",
     steps: Annotated[int | None, typer.Option(min=1, help="Of reconstruction, for each block.")] = None,
     size: Annotated[int | None, typer.Option(min=1, help="Side of the images; default: the model's own.")] = None,
     mean: Triple = None,

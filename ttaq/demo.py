@@ -167,7 +167,7 @@ class _Demo:
             learned = quantize(
                 model, self.calibration, bits, progress=False, steps=self.settings.steps, seed=self.settings.seed
             )
-        self.measure(learned, row | {"method": "qdrop"})
+        self.measure(learned, row | {"method": "ttaq"})
         path = save(
             pack(learned),
             self.out / "checkpoints" / f"{name}-{bits}.safetensors",
@@ -179,7 +179,7 @@ class _Demo:
             architecture = NETWORKS[name]()
         packed = load(path, architecture)
         self.compare(f"{name} {bits}", learned, packed)
-        self.measure(packed, row | {"method": "qdrop", "form": "packed", "bytes": path.stat().st_size})
+        self.measure(packed, row | {"method": "ttaq", "form": "packed", "bytes": path.stat().st_size})
 
     def measure(self, model: nn.Module, row: dict) -> None:
         """Add a row for each adapter that has something to adapt."""

@@ -28,7 +28,7 @@ def quantize_reference(
     out: str | Path,
     *,
     bits: str = "w4a4",
-    method: str = "qdrop",
+    method: str = "ttaq",
     weights: str | Path | None = None,
     num_classes: int | None = None,
     images: int = 1024,
@@ -49,7 +49,7 @@ def quantize_reference(
         data: Clean images: class folders or an .npz file.
         out: The checkpoint.
         bits: Such as "w4a4".
-        method: "qdrop" or "rtn".
+        method: One of `pipeline.METHODS`.
         weights: Local file of a state_dict; None for random weights.
         num_classes: Handed to the builder; None for its own.
         images: To calibrate on, drawn by the seed; all there are, if fewer.
@@ -80,7 +80,7 @@ def quantize_reference(
     picked = source.take(np.random.default_rng(seed).permutation(len(source))[:images])
     batches = [x.to(device) for x, _ in picked.batches(batch_size)]
     outputs = check_outputs(model, batches[0][:1].cpu(), source, data, named=classes is not None)
-    settings = {"seed": seed} | ({} if steps is None else {"steps": steps}) if method == "qdrop" else {}
+    settings = {"seed": seed} | ({} if steps is None else {"steps": steps}) if method != "rtn" else {}
     learned = quantize(model.to(device), batches, bits, method=method, progress=progress, **settings)
     packed = pack(learned).cpu()
     packed.ttaq_report["options"] = options

@@ -62,9 +62,11 @@ def _reconstruction(lines):
 
 def _pairs(lines):
     """Give bits to its (nearest, reconstructed) pair of fake-quantised lines."""
-    by_method = {(line.bits, line.method): line for line in lines if line.form == "fake-quantised"}
-    widths = [bits for bits, method in by_method if method == "rtn" and (bits, "qdrop") in by_method]
-    return {bits: (by_method[bits, "rtn"], by_method[bits, "qdrop"]) for bits in widths}
+    simulated = [line for line in lines if line.form == "fake-quantised"]
+    nearest = {line.bits: line for line in simulated if line.method == "rtn"}
+    return {
+        line.bits: (nearest[line.bits], line) for line in simulated if line.method != "rtn" and line.bits in nearest
+    }
 
 
 def _losses(lines):

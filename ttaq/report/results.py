@@ -20,7 +20,7 @@ class Line:
     Attributes:
         model: Its name.
         bits: "float", "w4a4" and the like.
-        method: "none", "rtn" or "qdrop".
+        method: "none", "rtn", or a method of `pipeline`.
         form: "float", "fake-quantised" or "packed".
         rows: Adapter to its row.
         errors: Adapter to its errors, domain to percent.

@@ -22,7 +22,9 @@ def width(bits: str) -> str:
 
 def method(name: str) -> str:
     """Write how a model was rounded."""
-    return {"rtn": "nearest", "qdrop": "QDrop", "none": DASH}.get(name, name)
+    return {"rtn": "nearest", "qdrop": "QDrop", "ttaq": "TTAQ", "pem": "PEM", "pcr": "PCR", "none": DASH}.get(
+        name, name
+    )
 
 
 def domain(name: str) -> str:
