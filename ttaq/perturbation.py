@@ -39,8 +39,8 @@ class PEM:
     Args:
         strength: Of R beside the reconstruction error relative to the output's energy; None lets the rule choose among
             `STRENGTHS` on images held out (see `reconstruct`).
-        form: "analytic" is (2); "clipped" adds the overshoot ``E[(x + d - clip(x + d))^2]`` beyond the activation's
-            range, which also gives its scale a gradient; "measured" is (1) with Se and C from one perturbed pass.
+        form: "measured" is (1) with Se and C from one perturbed pass; "analytic" is (2); "clipped" adds to that the
+            overshoot ``E[(x + d - clip(x + d))^2]`` beyond the activation's range, which also gives its scale a gradient.
         snr: Of the perturbation d, dB, alike in all channels; None measures SNR_j of each channel under changes of
             light and noise of the images.
         depth: Weigh each layer by how much the layers behind it amplify a perturbation, 1 on average.
@@ -48,7 +48,7 @@ class PEM:
     """
 
     strength: float | None = None
-    form: str = "analytic"
+    form: str = "measured"
     snr: float | None = None
     depth: bool = False
     precondition: bool = False
@@ -156,6 +156,7 @@ class _Term:
 class _MeasuredTerm:
     """The second and third term of (1): full matrices for small linear layers, else their diagonals by channel."""
 
+    @torch.no_grad()
     def __init__(self, layer, x, output, inverse, pem, weight, coded):
         self.layer, self.groups = layer, getattr(layer, "groups", 1)
         self.factor = weight / _output_energy(layer, output)

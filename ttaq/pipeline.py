@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from .batches import Forward, collect, has_images
+from .blockwise import Schedule
 from .calibration import calibrate
 from .consistency import PCR
 from .perturbation import PEM
@@ -21,7 +22,7 @@ METHODS = {
     "qdrop": "block reconstruction (arXiv:2203.05740)",
     "rtn": "rounding to nearest",
 }
-REFINED = 0.3  # refinement steps for each step of a block
+SPLIT = 0.5  # of the steps asked for: those of a block, and those of the network, where a method refines
 
 
 def quantize(
@@ -46,10 +47,11 @@ def quantize(
         method: One of `METHODS`: "ttaq" (arXiv:2412.09899, in our form), "pem" or "pcr" alone, "qdrop", "rtn".
         pem: In place of the method's PEM, whose noise is measured on the images (20 dB where inputs are none).
         pcr: PCR in the blocks, which no method has by itself.
-        refinement: In place of the method's; by default 0.3 steps for each of a block.
+        refinement: In place of the method's.
         forward: Runs the model on one batch, `forward(model, x)`, when `model(x)` does not.
         progress: Show a bar.
-        options: Fields of `blockwise.Schedule`, such as steps and seed.
+        options: Fields of `blockwise.Schedule`, such as steps and seed. "ttaq" and "pcr" take half of the steps for each
+            block and half of them for the whole network, which lasts about as long as "qdrop" and a half.
 
     Returns:
         The quantised model in eval mode, not yet packed; `ttaq_report` says what was done.
@@ -71,7 +73,7 @@ def quantize(
         if method in ("ttaq", "pem"):
             pem = pem or PEM(snr=None if has_images(inputs[0]) else 20.0)
         if method in ("ttaq", "pcr"):
-            options = {"statistics": "batch"} | options
+            options = {"statistics": "batch"} | options | {"steps": _part(options.get("steps", Schedule.steps))}
         reconstruct(quantised, inputs, pem=pem, pcr=pcr, **settings, **options)
     if method in ("ttaq", "pcr") or refinement:
         refine(quantised, inputs, refinement=refinement or _matching(quantised.ttaq_report["schedule"]), **settings)
@@ -80,5 +82,9 @@ def quantize(
 
 
 def _matching(schedule: dict) -> Refinement:
-    """Make the refinement that goes with a schedule of blocks: its seed, and steps in proportion."""
-    return Refinement(steps=max(1, round(REFINED * schedule["steps"])), seed=schedule["seed"])
+    """Make the refinement that goes with a schedule of blocks: its seed, and as many steps."""
+    return Refinement(steps=schedule["steps"], seed=schedule["seed"])
+
+
+def _part(steps):
+    return max(1, round(SPLIT * steps)) if isinstance(steps, int) and steps > 0 else steps
