@@ -50,8 +50,8 @@ def quantize(
         refinement: In place of the method's.
         forward: Runs the model on one batch, `forward(model, x)`, when `model(x)` does not.
         progress: Show a bar.
-        options: Fields of `blockwise.Schedule`, such as steps and seed. "ttaq" and "pcr" take half of the steps for each
-            block and half of them for the whole network, which lasts about as long as "qdrop" and a half.
+        options: Fields of `blockwise.Schedule`, such as steps and seed. "ttaq" and "pcr" take half of the steps for
+            each block and half of them for the whole network, which lasts about as long as "qdrop" and a half.
 
     Returns:
         The quantised model in eval mode, not yet packed; `ttaq_report` says what was done.
