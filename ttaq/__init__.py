@@ -4,13 +4,14 @@ The verbs, in the order of use:
 
     model = ttaq.prepare(model, "w4a4")        # quantised layers, float behaviour
     ttaq.calibrate(model, batches)             # scales set
-    ttaq.reconstruct(model, batches)           # roundings and scales learned
+    ttaq.reconstruct(model, batches)           # roundings and scales learned, block by block
+    ttaq.refine(model, batches)                # the whole network made consistent under perturbation
     packed = ttaq.pack(model)                  # integer codes, low-bit kernels
     ttaq.save(packed, "model.safetensors")
     packed = ttaq.load("model.safetensors", architecture)
     adapter = ttaq.adapt(packed, "tent")       # logits = adapter(x), for ever, on a changing stream
 
-`ttaq.quantize(model, batches, "w4a4")` is the first three in one. The layers serve alone, too:
+`ttaq.quantize(model, batches, "w4a4")` is the first four in one. The layers serve alone, too:
 `ttaq.QuantLinear`, `ttaq.QuantConv2d`, `ttaq.PackedLinear`, `ttaq.PackedConv2d`.
 """
 
@@ -18,19 +19,24 @@ from .adaptation import Adapter, adapt
 from .blocks import find_blocks
 from .calibration import calibrate
 from .checkpoint import load, save
+from .consistency import PCR
 from .dispatch import backend, explain
 from .evaluation import evaluate
 from .layers import MatMul, PackedConv2d, PackedLinear, QuantConv2d, QuantLinear, QuantMatMul
 from .packing import pack
+from .perturbation import PEM
 from .pipeline import quantize
 from .preparation import prepare
 from .reconstruction import reconstruct
+from .refinement import Refinement, refine
 from .spec import QuantSpec, Recipe
 from .streams import continual, correlated, corrupt, long_tailed
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "PCR",
+    "PEM",
     "Adapter",
     "MatMul",
     "PackedConv2d",
@@ -40,6 +46,7 @@ __all__ = [
     "QuantMatMul",
     "QuantSpec",
     "Recipe",
+    "Refinement",
     "adapt",
     "backend",
     "calibrate",
@@ -55,5 +62,6 @@ __all__ = [
     "prepare",
     "quantize",
     "reconstruct",
+    "refine",
     "save",
 ]

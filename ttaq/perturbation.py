@@ -40,7 +40,7 @@ class PEM:
         strength: Of R beside the reconstruction error relative to the output's energy; None lets the rule choose among
             `STRENGTHS` on images held out (see `reconstruct`).
         form: "measured" is (1) with Se and C from one perturbed pass; "analytic" is (2); "clipped" adds to that the
-            overshoot ``E[(x + d - clip(x + d))^2]`` beyond the activation's range, which gives its scale a gradient too.
+            overshoot ``E[(x + d - clip(x + d))^2]`` beyond the activation's range, which moves its scale too.
         snr: Of the perturbation d, dB, alike in all channels; None measures SNR_j of each channel under changes of
             light and noise of the images.
         depth: Weigh each layer by how much the layers behind it amplify a perturbation, 1 on average.
