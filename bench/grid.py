@@ -14,6 +14,7 @@ from torch import nn
 
 import ttaq
 from ttaq.evaluation import Result, evaluate
+from ttaq.pipeline import decisions
 from ttaq.streams import Corrupted, Images, Stream, continual, correlated, long_tailed
 
 from . import machine
@@ -138,7 +139,7 @@ class Grid:
                 **settings,
             )
             facts["seconds"] = round(time.perf_counter() - start, 1)
-            facts["note"] = _note(quantised.ttaq_report)
+            facts["note"] = "; ".join(decisions(quantised.ttaq_report))
             path.parent.mkdir(parents=True, exist_ok=True)
             ttaq.save(ttaq.pack(quantised), path)
         packed = ttaq.load(path, self.subject.architecture(), device=self.device)
@@ -216,14 +217,3 @@ def _cells(options) -> Iterator[tuple[str, str, str, str]]:
 
 def _passes(adapter, options):
     return options.passes if adapter == "tent" else 1
-
-
-def _note(report: dict) -> str:
-    """Say in a few words what the rules decided."""
-    words = []
-    if report.get("pem"):
-        words.append(f"PEM {report['pem']['strength']:g}")
-    if report.get("refinement"):
-        held, kept = report["refinement"]["held_out"], report["refinement"]["kept"]
-        words.append(f"refined {held['before']:.1f} -> {held['after']:.1f}{'' if kept else ' put back'}")
-    return "; ".join(words)

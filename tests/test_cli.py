@@ -73,7 +73,7 @@ def test_quantize_writes_a_checkpoint_that_says_how_it_was_made(folder):
     assert header["reference"] == "test_cli:tiny"
     assert header["preprocessing"]["mean"] == [0.5, 0.5, 0.4]
     assert header["classes"] == ["0", "1", "2"]
-    assert header["report"]["schedule"]["steps"] == 2
+    assert header["report"]["schedule"]["steps"] == header["report"]["refinement"]["steps"] == 1  # half of 2 each
     assert header["report"]["calibration"]["images"] == 16
 
 

@@ -13,6 +13,7 @@ from . import __version__
 from .demo import Settings, make_bars, run_demo
 from .doctor import print_report
 from .files import write_atomically
+from .pipeline import decisions
 from .report import Results, find, render, tabulate
 from .workbench import evaluate_file, quantize_reference
 
@@ -72,7 +73,9 @@ def demo(
     images: Annotated[int, typer.Option(min=1, max=500, help="Of each corruption.")] = Settings.images,
     batch_size: Annotated[int, typer.Option(min=1, help="Images that adapt at once.")] = Settings.batch_size,
     severity: Annotated[int, typer.Option(min=1, max=5)] = Settings.severity,
-    steps: Annotated[int, typer.Option(min=1, help="Of reconstruction, for each block.")] = Settings.steps,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Of reconstruction; ttaq gives half to each block, half to the whole.")
+    ] = Settings.steps,
     epochs: Annotated[int | None, typer.Option(min=1, help="Of training; default: what each needs.")] = None,
     seed: Seed = Settings.seed,
     quiet: Quiet = False,
@@ -96,7 +99,9 @@ def quantize(
     num_classes: Annotated[int | None, typer.Option(min=1, help="Handed to the model's builder.")] = None,
     images: Annotated[int, typer.Option(min=1, help="To calibrate on.")] = 1024,
     method: Annotated[str, typer.Option(help="ttaq, pem, pcr, qdrop or rtn (round to nearest).")] = "ttaq",
-    steps: Annotated[int | None, typer.Option(min=1, help="Of reconstruction, for each block.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of reconstruction; ttaq gives half to each block, half to the whole.")
+    ] = None,
     size: Annotated[int | None, typer.Option(min=1, help="Side of the images; default: the model's own.")] = None,
     mean: Triple = None,
     std: Triple = None,
@@ -120,6 +125,8 @@ def quantize(
         f"{report['calibration']['images']} images"
     )
     console.print(f"{out}: {report['file_bytes']:,} bytes, {share:.3f} of {report['float_bytes']:,} in float")
+    for decision in decisions(report):
+        console.print(decision)
     for name, reason in report["left_out"].items():
         console.print(f"left in float: {name}: {reason}")
 

@@ -81,6 +81,31 @@ def quantize(
     return quantised
 
 
+def decisions(report: dict) -> list[str]:
+    """Say in sentences what the rules decided: PEM's strength, and whether the refinement was kept.
+
+    Args:
+        report: `model.ttaq_report`.
+    """
+    found = []
+    if "pilot" in (report.get("pem") or {}):
+        pem = report["pem"]
+        errors = ", ".join(f"{strength}: {error:.4g}" for strength, error in pem["errors"].items())
+        pilot = f"the least error of {pem['pilot']} on perturbed images held out"
+        found.append(f"PEM: strength {pem['strength']:g}, {pilot} ({errors})")
+    if "refinement" in report:
+        held, kept = report["refinement"]["held_out"], report["refinement"]["kept"]
+        verb = "kept" if kept else "put back"
+        found.append(
+            f"refinement: {verb}, disagreement with the float model on perturbed images held out {_change(held)}"
+        )
+    return found
+
+
+def _change(held):
+    return f"{held['before']:.1f} % -> {held['after']:.1f} %" if held["before"] is not None else "not measured"
+
+
 def _matching(schedule: dict) -> Refinement:
     """Make the refinement that goes with a schedule of blocks: its seed, and as many steps."""
     return Refinement(steps=schedule["steps"], seed=schedule["seed"])
