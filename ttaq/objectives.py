@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .augment import add_noise, change_light
-from .batches import Forward, change_images
+from .batches import Forward, change_images, count
 from .blocks import Block, block_input, run_block
 from .blockwise import BlockLearner, Schedule, layers_of
 from .consistency import PCR, Consistency
@@ -36,7 +36,7 @@ class Objectives:
         self.consistency = Consistency(model, inputs, forward, pcr) if pcr and pcr.strength else None
         self.noise, self.weights, self.propagation = {}, {}, None
         if pem and (pem.snr is None or pem.depth):
-            self.noise = measure_noise(model, inputs[: max(1, _LOOK // len(inputs[0]))], forward, 0)
+            self.noise = measure_noise(model, inputs[: max(1, _LOOK // count(inputs[0]))], forward, 0)
         if pem and pem.depth:
             self.weights = depth_weights(self.noise)
 
@@ -50,6 +50,10 @@ class Objectives:
         """Turn to a block whose roundings have begun."""
         if self.consistency:
             self.consistency.begin(block, targets)
+        self._mitigate(block, quantised, floats, targets)
+
+    def _mitigate(self, block, quantised, floats, targets):
+        """Form PEM for a block."""
         self.propagation = None
         if self.pem and self.pem.strength:
             layers = layers_of(self.model, block) | _products(self.model, block)
@@ -59,19 +63,20 @@ class Objectives:
 
     def __call__(self, step: int, x: Tensor, output: Tensor, picked: Tensor, roundings: list) -> Tensor | float:
         """Return what one step adds to the loss."""
-        total = 0.0
-        if self.propagation is not None:
-            total = total + self.scale * self.propagation()
+        total = self._added_mitigation()
         if self.consistency is not None:
             total = total + self.consistency(step, x, output, picked, roundings)
         return total
 
+    def _added_mitigation(self, *_):
+        return 0.0 if self.propagation is None else self.scale * self.propagation()
+
     def choose_strength(self, blocks: list[Block], schedule: Schedule) -> dict:
         """Choose PEM's strength without labels, and return how.
 
-        The middle block is learned for a fifth of the steps with each of `STRENGTHS`, from float inputs, on seven
-        eighths of the images. The strength that errs least wins: the squared distance to the float block's output on
-        the other eighth under changes of light and noise. It is found once and serves all blocks.
+        The middle block is learned for a fifth of the steps with each of `STRENGTHS`, from float inputs, without PCR, on
+        seven eighths of the images. The strength that errs least wins: the squared distance to the float block's output
+        on the other eighth under changes of light and noise. It is found once and serves all blocks.
         """
         block = blocks[len(blocks) // 2]
         seen, held = self._parts(block)
@@ -81,10 +86,8 @@ class Objectives:
         for strength in STRENGTHS:
             self.pem = replace(chosen, strength=strength)
             learner = BlockLearner(self.model, block, quick, self.bases(block, seen[0]))
-            if self.consistency:
-                self.consistency.begin(block, seen[1])
-            self.begin(block, seen[0], *seen)
-            learner.learn(seen[0], *seen, self)
+            self._mitigate(block, seen[0], *seen)
+            learner.learn(seen[0], *seen, self._added_mitigation)
             learner.harden(seen[0])
             with torch.no_grad():
                 errors[strength] = squared_distance(run_block(self.model, block, held[0]), held[1]).item()
@@ -103,10 +106,8 @@ class Objectives:
                 for entries in (self.inputs, view)
             )
             cut = max(1, len(clean) * 7 // 8)
-            pairs = (
-                ((clean[:cut], clean[:cut]), (moved[cut:], moved[cut:])) if cut < len(clean) else ((clean,), (moved,))
-            )
-            return tuple((x[0], run_block(self.model, block, x[0])) for x in pairs)
+            held = moved[cut:] if cut < len(clean) else moved
+            return tuple((x, run_block(self.model, block, x)) for x in (clean[:cut], held))
 
     def _run(self, block, quantised, floats):
         return lambda coded: run_block(self.model, block, quantised if coded else floats)
