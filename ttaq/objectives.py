@@ -74,9 +74,9 @@ class Objectives:
     def choose_strength(self, blocks: list[Block], schedule: Schedule) -> dict:
         """Choose PEM's strength without labels, and return how.
 
-        The middle block is learned for a fifth of the steps with each of `STRENGTHS`, from float inputs and without PCR,
-        on seven eighths of the images. The strength that errs least wins: the squared distance to the float block's output
-        on the other eighth under changes of light and noise. It is found once and serves all blocks.
+        The middle block is learned for a fifth of the steps with each of `STRENGTHS`, from float inputs, without PCR,
+        on seven eighths of the images. The strength that errs least wins: the squared distance to the float block's
+        output on the other eighth under changes of light and noise. It is found once and serves all blocks.
         """
         block = blocks[len(blocks) // 2]
         seen, held = self._parts(block)
