@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .augment import add_noise, change_light
-from .batches import Forward, change_images
+from .batches import Forward, change_images, count
 from .blocks import Block, block_input, run_block
 from .blockwise import BlockLearner, Schedule, layers_of
 from .consistency import PCR, Consistency
@@ -36,7 +36,7 @@ class Objectives:
         self.consistency = Consistency(model, inputs, forward, pcr) if pcr and pcr.strength else None
         self.noise, self.weights, self.propagation = {}, {}, None
         if pem and (pem.snr is None or pem.depth):
-            self.noise = measure_noise(model, inputs[: max(1, _LOOK // len(inputs[0]))], forward, 0)
+            self.noise = measure_noise(model, inputs[: max(1, _LOOK // count(inputs[0]))], forward, 0)
         if pem and pem.depth:
             self.weights = depth_weights(self.noise)
 
