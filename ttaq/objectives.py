@@ -81,8 +81,6 @@ class Objectives:
         for strength in STRENGTHS:
             self.pem = replace(chosen, strength=strength)
             learner = BlockLearner(self.model, block, quick, self.bases(block, seen[0]))
-            if self.consistency:
-                self.consistency.begin(block, seen[1])
             self.begin(block, seen[0], *seen)
             learner.learn(seen[0], *seen, self)
             learner.harden(seen[0])
