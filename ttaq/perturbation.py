@@ -216,7 +216,7 @@ def preconditioned(layers: dict[str, nn.Module], run: Callable[[bool], object], 
 
     Args:
         layers: Quantised layers by name.
-        run: As for `Propagation`.
+        run: As for `Propagation`; the quantisers are to be disabled.
         pem: Its `snr`.
         noise: What `measure_noise` gave.
 
