@@ -53,7 +53,7 @@ def call(model: nn.Module, entry: Any, forward: Forward | None) -> Any:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Pick the logits out of what a model returned: a tensor, an object or dict that names them, or the first of several.
+    """Pick the logits out of what a model returned: a tensor, what names them, or the first of several.
 
     Raises:
         ValueError: There are none.
