@@ -26,6 +26,7 @@ from .distances import softened_divergence, squared_distance
 from .learning import activation_quantizers
 from .quantizers import disabled
 from .roundings import sharing
+from .tracing import leaves, swap
 
 PERTURBATIONS = ("step", "gauss", "drop", "input")
 OBJECTIVES = ("feature", "self", "anchor")
@@ -140,8 +141,5 @@ class Consistency:
 
 
 def _replaced(result, output, place):
-    if isinstance(result, Tensor):
-        return output.to(result.dtype)
-    parts = list(result)
-    parts[place] = output
-    return type(result)(parts)
+    old = list(leaves(result))[place]
+    return swap(result, old, output.to(old.dtype))
