@@ -94,7 +94,7 @@ def leaves(tree: object) -> Iterator[torch.Tensor]:
 
 
 def swap(tree: object, old: object, new: object) -> object:
-    """Return nested tuples, lists, dicts and dataclasses, of their own kinds, with every `old` (by identity) as `new`."""
+    """Return nested tuples, lists, dicts and dataclasses, kinds kept, with every `old` (by identity) replaced by `new`."""
     if tree is old:
         return new
     if isinstance(tree, dict):
