@@ -94,7 +94,7 @@ def leaves(tree: object) -> Iterator[torch.Tensor]:
 
 
 def swap(tree: object, old: object, new: object) -> object:
-    """Return nested tuples, lists, dicts and dataclasses, kinds kept, with every `old` (by identity) replaced by `new`."""
+    """Return nested tuples, lists, dicts and dataclasses, kinds kept, with every `old` (by identity) made `new`."""
     if tree is old:
         return new
     if isinstance(tree, dict):
