@@ -16,7 +16,7 @@ def same(one, other):
 
 
 def settings(norms):
-    return [(n.training, n.momentum) for n in norms]
+    return [(n.training, n.momentum, n.track_running_stats) for n in norms]
 
 
 @pytest.mark.parametrize(("kind", "shape"), [(nn.BatchNorm1d, (9, 4)), (nn.BatchNorm2d, (3, 4, 5, 5))])
@@ -31,7 +31,7 @@ def test_live_norms_use_the_statistics_of_the_batch_and_keep_the_stored_ones(kin
         y = norm(x)
     torch.testing.assert_close(y.double(), (x - moments[0]) / (moments[1] + norm.eps).sqrt(), rtol=1e-5, atol=1e-5)
     assert same(stored(norm), before)
-    assert settings([norm]) == [(False, 0.1)]
+    assert settings([norm]) == [(False, 0.1, True)]
     assert not torch.allclose(norm(x), y)
 
 
@@ -52,6 +52,14 @@ def test_live_norms_are_put_back_when_an_exception_ends_it(momentum):
     assert settings(norms) == how
 
 
+def test_infinite_activations_do_not_reach_the_stored_statistics():
+    norm = nn.BatchNorm2d(3).eval()
+    before = stored(norm)
+    with live([norm]):
+        norm(torch.full((2, 3, 4, 4), torch.inf))
+    assert same(stored(norm), before)
+
+
 def test_norms_without_statistics_are_left_alone():
     model = nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False), nn.LayerNorm(3), nn.BatchNorm1d(3))
     assert batch_norms(model) == [model[2]]
@@ -69,7 +77,7 @@ def test_statistics_measured_again_are_means_over_the_passes():
     torch.testing.assert_close(norm.running_var.double(), sum(c.var(1) for c in columns) / 3, rtol=1e-5, atol=1e-6)
     assert same([norm.float_mean, norm.float_var], floats)
     assert norm.num_batches_tracked == 0
-    assert settings([norm]) == [(False, 0.1)]
+    assert settings([norm]) == [(False, 0.1, True)]
     measure_again([norm], [lambda: norm(batches[0])])
     assert same([norm.float_mean, norm.float_var], floats)  # those of the first time
 
