@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from ttaq.batches import call, collect
+from ttaq.batches import call, collect, pieces
 
 CPU = torch.device("cpu")
 
@@ -54,3 +54,11 @@ def test_call():
     assert call(model, x, None) is x
     assert torch.equal(call(model, {"x": x, "twice": x}, None), 2 * x)
     assert torch.equal(call(model, x, lambda net, entry: net(entry) + 1), x + 1)
+
+
+@pytest.mark.parametrize("total", [0, 1, 127, 128, 129, 300, 1024])
+def test_pieces_are_few_and_of_equal_size(total):
+    parts = [range(total)[piece] for piece in pieces(total, 128)]
+    assert [i for part in parts for i in part] == list(range(total))
+    assert len(parts) == -(-total // 128)
+    assert not parts or max(map(len, parts)) - min(map(len, parts)) <= 1

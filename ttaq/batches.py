@@ -1,5 +1,6 @@
 """What a user may pass as calibration data: a re-iterable of tensors, (x, y) pairs or dicts."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -82,6 +83,15 @@ def take(entry: Any, picked: Tensor | slice) -> Any:
 def count(entry: Any) -> int:
     """Count the images of an entry."""
     return len(next(iter(entry.values())) if isinstance(entry, dict) else entry)
+
+
+def pieces(total: int, most: int) -> list[slice]:
+    """Cut images 0 .. total - 1 into as few pieces of at most `most` as there can be, all of a size but for one image.
+
+    A small rest would count as much as a full piece where statistics are averaged, and a single vector has none.
+    """
+    parts = math.ceil(total / most)
+    return [slice(k * total // parts, (k + 1) * total // parts) for k in range(parts)]
 
 
 def change_images(entry: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .batches import pieces
 from .blocks import Block, run_block
 from .distances import squared_distance
 from .layers import QuantConv2d, QuantLinear
@@ -128,7 +129,7 @@ class BlockLearner:
         """Decide the codes; where batches brought their own statistics, measure the stored ones on `inputs`."""
         for layer in self.layers.values():
             layer.weight_quantizer.harden()
-        parts = inputs.split(size)
+        parts = (inputs[piece] for piece in pieces(len(inputs), size))
         measure_again(self.norms, (lambda part=part: run_block(self.model, self.block, part) for part in parts))
 
     def _loss(self, step, x, target, picked, extra):

@@ -25,7 +25,7 @@ class BlockCache:
     @torch.no_grad()
     def advance(self, block: Block) -> tuple[Tensor, Tensor, Tensor]:
         """Return (input from the quantised prefix, input from the float prefix, float output) of all images."""
-        if block.chained and self.previous is not None:
+        if block.chained and self.previous not in (None, block):
             self.quantised = self.run(self.previous, self.quantised)
             self.floats = self.targets
         else:

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from .augment import add_noise, change_light
-from .batches import Forward, call, change_images, join, logits_of, take
+from .batches import Forward, call, change_images, has_images, join, logits_of, take
 from .blocks import Block, run_block
 from .caching import BlockCache
 from .distances import softened_divergence, squared_distance
 from .learning import activation_quantizers
 from .quantizers import disabled
 from .roundings import sharing
+from .tracing import leaves, swap
 
 PERTURBATIONS = ("step", "gauss", "drop", "input")
 OBJECTIVES = ("feature", "self", "anchor")
@@ -39,7 +40,7 @@ class PCR:
         strength: Of the term beside the reconstruction error.
         perturbation: Of the activations at the block's quantisers: "step", uniform within half a code; "gauss", `snr`
             dB below each channel; "drop", half of the elements unquantised, as QDrop; or "input", of light and noise of
-            the images, carried through the float prefix.
+            the images, carried through the quantised prefix.
         objective: "feature", "self" or "anchor".
         every: Steps from one evaluation to the next; the term then counts `every` times.
         snr: Of "gauss", dB.
@@ -78,6 +79,10 @@ class Consistency:
         self.model, self.forward, self.pcr = model, forward, pcr
         self.views = self.images = None
         if pcr.perturbation == "input":
+            if not all(has_images(entry) for entry in inputs):
+                raise ValueError(
+                    "PCR: the inputs hold no images (N, C, H, W) to perturb; choose another perturbation than input"
+                )
             generator = torch.Generator().manual_seed(torch.initial_seed())
             views = [change_images(e, lambda x: add_noise(change_light(x, generator), generator)) for e in inputs]
             self.views = BlockCache(model, views, forward)
@@ -140,8 +145,5 @@ class Consistency:
 
 
 def _replaced(result, output, place):
-    if isinstance(result, Tensor):
-        return output.to(result.dtype)
-    parts = list(result)
-    parts[place] = output
-    return type(result)(parts)
+    old = list(leaves(result))[place]
+    return swap(result, old, output.to(old.dtype))

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from .layers import QuantConv2d, QuantLinear
-from .norms import MOMENTS, batch_norms
+from .norms import MOMENTS, batch_norms, forget_float
 from .quantizers import ActivationQuantizer, Quantizer
 
 
@@ -86,7 +86,9 @@ class Learned:
         self._quantizers = [
             (q, q.scale.detach().clone(), q.zero.clone(), getattr(q, "codes", None)) for q in quantizers(model)
         ]
-        self._norms = [(n, [getattr(n, name).clone() for name in MOMENTS]) for n in batch_norms(model)]
+        self._norms = [
+            (n, [getattr(n, name).clone() for name in MOMENTS], hasattr(n, "float_mean")) for n in batch_norms(model)
+        ]
 
     def restore(self) -> None:
         """Write the copy back."""
@@ -97,9 +99,11 @@ class Learned:
                 quantizer.drop = 0.0
             else:
                 quantizer.codes, quantizer.rounding = codes, None
-        for norm, moments in self._norms:
+        for norm, moments, apart in self._norms:
             for name, values in zip(MOMENTS, moments, strict=True):
                 getattr(norm, name).copy_(values)
+            if not apart:  # the float model's statistics are these again
+                forget_float(norm)
 
 
 @contextmanager

@@ -22,17 +22,16 @@ def batch_norms(module: nn.Module) -> list[_BatchNorm]:
 def live(norms: Iterable[_BatchNorm]) -> Iterator[None]:
     """Normalise with the statistics of each batch while the context is open; what is stored stays."""
     norms = list(norms)
-    before = [(norm.training, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    before = [(norm.training, norm.track_running_stats) for norm in norms]
     for norm in norms:
         norm.train()
-        norm.momentum = 0.0
+        norm.track_running_stats = False
     try:
         yield
     finally:
-        for norm, (training, momentum, count) in zip(norms, before, strict=True):
+        for norm, (training, tracks) in zip(norms, before, strict=True):
             norm.train(training)
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
+            norm.track_running_stats = tracks
 
 
 @torch.no_grad()
@@ -53,10 +52,8 @@ def measure_again(norms: Iterable[_BatchNorm], passes: Iterable[Callable[[], obj
         _keep_float(norm)
     sums = [[torch.zeros_like(getattr(norm, name)) for name in MOMENTS] for norm in norms]
     count = 0
-    with live(norms):
+    with live(norms), _tracking(norms):
         for run in passes:
-            for norm in norms:
-                norm.momentum = 1.0
             run()
             count += 1
             for norm, totals in zip(norms, sums, strict=True):
@@ -73,6 +70,20 @@ def forget_float(model: nn.Module) -> None:
         for name in ("float_mean", "float_var"):
             norm._buffers.pop(name, None)
             norm._non_persistent_buffers_set.discard(name)
+
+
+@contextmanager
+def _tracking(norms: list[_BatchNorm]) -> Iterator[None]:
+    """Store the statistics of the latest batch alone while the context is open."""
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        norm.track_running_stats, norm.momentum = True, 1.0
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
 
 
 def _keep_float(norm: _BatchNorm) -> None:

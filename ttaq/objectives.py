@@ -44,7 +44,8 @@ class Objectives:
         """Return the preconditioned weights of a block's layers; none unless PEM asks for them."""
         if not (self.pem and self.pem.precondition):
             return {}
-        return preconditioned(layers_of(self.model, block), self._run(block, floats, floats), self.pem, self.noise)
+        with disabled(self.model):
+            return preconditioned(layers_of(self.model, block), self._run(block, floats, floats), self.pem, self.noise)
 
     def begin(self, block: Block, quantised: Tensor, floats: Tensor, targets: Tensor) -> None:
         """Turn to a block whose roundings have begun."""

@@ -160,13 +160,11 @@ class _MeasuredTerm:
     def __init__(self, layer, x, output, inverse, pem, weight, coded):
         self.layer, self.groups = layer, getattr(layer, "groups", 1)
         self.factor = weight / _output_energy(layer, output)
-        x, coded = _by_channel(x, layer), _by_channel(coded, layer)
-        spread = (x.square().mean(1) * inverse).sqrt()[:, None]
-        seen = coded + torch.randn_like(coded) * spread
-        if layer.input_quantizer is not None:
-            seen = layer.input_quantizer(seen.t() if layer.input_quantizer.spec.granularity == "token" else seen)
-            seen = seen.t() if seen.shape != x.shape else seen
-        error = seen - x
+        with torch.no_grad():
+            seen = coded.float() + _noise_like(coded, layer, (_energy(x, layer) * inverse).sqrt())
+            seen = seen if layer.input_quantizer is None else layer.input_quantizer(seen)
+        x = _by_channel(x, layer)
+        error = _by_channel(seen, layer) - x
         self.full = isinstance(layer, QuantLinear) and len(x) <= FULL
         if self.full:
             self.see, self.cross = (error @ other.t() / x.shape[1] for other in (error, x))
@@ -219,7 +217,7 @@ def preconditioned(layers: dict[str, nn.Module], run: Callable[[bool], object], 
 
     Args:
         layers: Quantised layers by name.
-        run: As for `Propagation`.
+        run: As for `Propagation`; the quantisers are to be disabled.
         pem: Its `snr`.
         noise: What `measure_noise` gave.
 
@@ -286,10 +284,19 @@ def _overshoot(quantizer, x):
     return torch.relu(x - high).square() + torch.relu(low - x).square()
 
 
+def _channels(layer):
+    return 1 if isinstance(layer, QuantConv2d) else -1
+
+
 def _by_channel(x, layer):
     """View an input as (J, samples)."""
-    axis = 1 if isinstance(layer, QuantConv2d) else -1
-    return x.detach().float().movedim(axis, 0).flatten(1)
+    return x.detach().float().movedim(_channels(layer), 0).flatten(1)
+
+
+def _noise_like(x, layer, spread):
+    """Draw normal noise of the shape of an input, `spread` (J,) wide in each channel."""
+    noise = torch.randn_like(x.movedim(_channels(layer), -1), dtype=torch.float32) * spread
+    return noise.movedim(-1, _channels(layer))
 
 
 def _energy(x, layer):

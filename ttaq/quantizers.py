@@ -237,21 +237,18 @@ def disabled(model: nn.Module) -> Iterator[None]:
     found = [m for m in model.modules() if isinstance(m, Quantizer)]
     before = [m.enabled for m in found]
     norms = [m._buffers for m in model.modules() if "float_mean" in m._buffers]  # see norms.measure_again
+    moments = [(held["running_mean"], held["running_var"]) for held in norms]
     for m in found:
         m.enabled = False
-    _swap_statistics(norms)
+    for held in norms:
+        held["running_mean"], held["running_var"] = held["float_mean"], held["float_var"]
     try:
         yield
     finally:
-        _swap_statistics(norms)
+        for held, (mean, var) in zip(norms, moments, strict=True):
+            held["running_mean"], held["running_var"] = mean, var
         for m, enabled in zip(found, before, strict=True):
             m.enabled = enabled
-
-
-def _swap_statistics(norms: list[dict]) -> None:
-    for held in norms:
-        held["running_mean"], held["float_mean"] = held["float_mean"], held["running_mean"]
-        held["running_var"], held["float_var"] = held["float_var"], held["running_var"]
 
 
 def dequantise(codes: Tensor, scale: Tensor, zero: Tensor, group: int) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .augment import add_noise, change_light, shift_and_flip
-from .batches import Forward, call, change_images, choose, collect, count, join, logits_of, take
+from .batches import Forward, call, change_images, choose, collect, count, join, logits_of, pieces, take
 from .distances import softened_divergence
 from .learning import Learned, check_ready, frozen, progress_bar, quant_layers, restored_on_failure, seeded, settings
 from .norms import batch_norms, live, measure_again
@@ -183,16 +183,14 @@ class _Task:
         """
         total, differ = count(self.held), 0
         generator = torch.Generator().manual_seed(self.chosen.seed + 1)
-        for at in [*range(0, total, _PIECE)] * _VIEWS:
-            target, logits = self.predict(take(self.held, slice(at, at + _PIECE)), generator)
+        for piece in pieces(total, _PIECE) * _VIEWS:
+            target, logits = self.predict(take(self.held, piece), generator)
             differ += int((target.argmax(-1) != logits.argmax(-1)).sum())
         return round(100 * differ / (_VIEWS * total), 3) if total else None
 
     def _passes(self):
-        total = count(self.images)
-        for at in range(0, total, _PIECE):
-            part = take(self.images, slice(at, at + _PIECE))
-            yield lambda part=part: call(self.model, part, self.forward)
+        for piece in pieces(count(self.images), _PIECE):
+            yield lambda piece=piece: call(self.model, take(self.images, piece), self.forward)
 
 
 def _optimizer(model, layers, chosen):

@@ -5,6 +5,7 @@ one. Only activations are followed, that is the inputs and what is computed from
 parameters, buffers and shapes alone is constant. Time counts the operators that have run.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -93,14 +94,20 @@ def leaves(tree: object) -> Iterator[torch.Tensor]:
 
 
 def swap(tree: object, old: object, new: object) -> object:
-    """Return the nested tuples, lists and dicts with every `old` (by identity) replaced by `new`."""
+    """Return nested tuples, lists, dicts and dataclasses, kinds kept, with every `old` (by identity) made `new`."""
     if tree is old:
         return new
     if isinstance(tree, dict):
-        return {key: swap(item, old, new) for key, item in tree.items()}
+        twin = copy.copy(tree)
+        for key, item in tree.items():
+            twin[key] = swap(item, old, new)
+        return twin
     if isinstance(tree, list | tuple):
         items = [swap(item, old, new) for item in tree]
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        parts = {part.name: getattr(tree, part.name) for part in dataclasses.fields(tree) if part.init}
+        return dataclasses.replace(tree, **{name: swap(item, old, new) for name, item in parts.items()})
     return tree
 
 
