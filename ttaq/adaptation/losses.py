@@ -47,9 +47,9 @@ class Loss:
     def observe(self, logits: Tensor) -> None:
         """Take up what a batch says of the stream."""
 
-    def answer(self, logits: Tensor) -> Tensor:
-        """Return the logits that the caller is to get."""
-        return logits
+    def answer(self, logits: Tensor) -> tuple[Tensor, str]:
+        """Return the logits that the caller is to get, and what was done to them, "" for nothing."""
+        return logits, ""
 
     def reset(self) -> None:
         """Forget the stream."""
@@ -208,13 +208,18 @@ class ABL(_Averaging):
         return {"frequency": ones / len(ones), "complexity": ones, "seen": torch.zeros_like(ones[0])}
 
     @torch.no_grad()
-    def answer(self, logits: Tensor) -> Tensor:
-        """Return the logits, adjusted to the class prior of the batch where `correct` says so."""
-        if not self.correct or len(logits) < 2:
-            return logits
-        prior, certain = batch_prior(logits)
+    def answer(self, logits: Tensor) -> tuple[Tensor, str]:
+        """Return the logits, adjusted to the class prior of the batch where `correct` says so.
+
+        Images whose logits are not finite say nothing of the prior.
+        """
+        if not self.correct:
+            return logits, ""
+        prior, certain = batch_prior(logits[logits.isfinite().all(-1)])
+        if not certain > 0:
+            return logits, ""
         adjusted = logits.float() / _SOFTER + certain * prior.log()
-        return torch.where(certain > 0, adjusted, logits.float()).to(logits.dtype)
+        return adjusted.to(logits.dtype), "adjusted to the class prior of the batch"
 
 
 def evidence(frequency: Tensor, images: Tensor | float) -> Tensor:
