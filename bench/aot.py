@@ -192,7 +192,8 @@ def _packed_conv2d_variants() -> Iterator[Variant]:
         if x != "u8":
             args = {"grad_ptr": f"*{x}", "dx_ptr": f"*{x}", **_WEIGHT, **shape, "M": "i32", "N": "i32:16"}
             args |= {"C": "i32:16", "row_bytes": "i32", "BITS": bits, "BLOCK_C": rows, "BLOCK_N": depth}
-            yield Variant("packed_conv2d", "_packed_conv2d_backward_kernel", name, args, 4, 2, False, False, _MMA[x])
+            kernel, warps = "_packed_conv2d_backward_kernel", pc._backward_warps(_TORCH[x])
+            yield Variant("packed_conv2d", kernel, name, args, warps, 2, False, False, _MMA[x])
 
 
 VARIANTS: list[Variant] = [

@@ -241,7 +241,7 @@ def launch_backward(grad, words, scale, zero, bits, input_shape, kernel_size, st
             BLOCK_N=block_n,
             BLOCK_M=block_m,
             BLOCK_C=block_c,
-            num_warps=4,
+            num_warps=_backward_warps(grad.dtype),
             num_stages=2,
         )
     return dx
@@ -286,3 +286,8 @@ def _tiles(channels, dtype):
     if dtype == torch.float32:
         return (64, 32, 32) if channels > 32 else (32, 32, 16)
     return min(64, max(16, triton.next_power_of_2(channels))), 64, 32
+
+
+def _backward_warps(dtype):
+    """Choose the warps of the backward: with 4 for float32, which no tensor core takes, ptxas spills registers."""
+    return 8 if dtype == torch.float32 else 4

@@ -97,7 +97,7 @@ class Adapter(nn.Module):
     def predict(self, x: Tensor) -> Tensor:
         """Return the logits of a batch and change nothing."""
         with _plain(grad=False):
-            return self.method.answer(self._answer(self._receive(x))[0])
+            return self.method.answer(self._answer(self._receive(x))[0])[0]
 
     def update(self, x: Tensor) -> Step:
         """Adapt to a batch and return what happened, refusing inside `frozen`."""
@@ -181,9 +181,10 @@ class Adapter(nn.Module):
                         raise
                     reason = str(interruption)
         logits = logits.detach()
-        self._record(started, logits, loss, reason, returned)
         with _plain(grad=False):
-            return self.method.answer(logits)
+            given, how = self.method.answer(logits)
+        self._record(started, logits, loss, reason, f"{returned}, {how}" if how else returned)
+        return given
 
     def _record(self, started: float, logits: Tensor, loss: Tensor | None, reason: str | None, returned: str) -> None:
         with _plain(grad=False):

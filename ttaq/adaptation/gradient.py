@@ -99,8 +99,8 @@ class GradientMethod(Method):
         commit(self.norms.values())
         return loss.detach()
 
-    def answer(self, logits: Tensor) -> Tensor:
-        """Return the logits as the loss corrects them."""
+    def answer(self, logits: Tensor) -> tuple[Tensor, str]:
+        """Return the logits as the loss corrects them, and what it did."""
         return self.balance.answer(logits)
 
     def _step(self, loss: Tensor, images: int, guard: Guard, **groups: list[Tensor]) -> None:

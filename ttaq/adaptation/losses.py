@@ -47,9 +47,9 @@ class Loss:
     def observe(self, logits: Tensor) -> None:
         """Take up what a batch says of the stream."""
 
-    def answer(self, logits: Tensor) -> Tensor:
-        """Return the logits that the caller is to get."""
-        return logits
+    def answer(self, logits: Tensor) -> tuple[Tensor, str]:
+        """Return the logits that the caller is to get, and what was done to them, "" for nothing."""
+        return logits, ""
 
     def reset(self) -> None:
         """Forget the stream."""
@@ -59,7 +59,9 @@ class Loss:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` returned."""
+        """Take up what `state_dict` returned; refuse what another loss remembers."""
+        if state:
+            raise ValueError(_foreign(self, state))
 
 
 class _Averaging(Loss):
@@ -86,15 +88,20 @@ class _Averaging(Loss):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the averages."""
+        if state and state.keys() != set(self.averages):
+            raise ValueError(_foreign(self, state))
         self.reset()
         for name, value in state.items():
             setattr(self, name, value.clone())
 
-    def _begun(self, logits: Tensor) -> int:
-        classes = logits.shape[1]
+    def _recall(self, logits: Tensor) -> dict[str, Tensor]:
+        """Return the averages where the logits are: before the first batch, the neutral ones."""
         if self.frequency is None:
-            self.frequency = logits.new_full((classes,), 1 / classes, dtype=torch.float32)
-        return classes
+            return self._neutral(logits.new_ones(logits.shape[1], dtype=torch.float32))
+        return {name: getattr(self, name).to(logits.device) for name in self.averages}
+
+    def _neutral(self, ones: Tensor) -> dict[str, Tensor]:
+        return {"frequency": ones / len(ones)}
 
     def _average(self, old: Tensor, new: Tensor) -> Tensor:
         return torch.lerp(new, old, self.momentum)
@@ -117,15 +124,13 @@ class DOT(_Averaging):
 
     def terms(self, logits: Tensor) -> Tensor:
         """Return the weighted entropies, (batch,)."""
-        self._begun(logits)
-        weight = 1 / (self.frequency[logits.argmax(-1)] + 1e-6)
+        weight = 1 / (self._recall(logits)["frequency"][logits.argmax(-1)] + 1e-6)
         return entropy(logits) * (weight / weight.mean())
 
     @torch.no_grad()
     def observe(self, logits: Tensor) -> None:
         """Average the frequencies of a batch in."""
-        self._begun(logits)
-        self.frequency = self._average(self.frequency, logits.float().softmax(-1).mean(0))
+        self.frequency = self._average(self._recall(logits)["frequency"], logits.float().softmax(-1).mean(0))
 
 
 class ABL(_Averaging):
@@ -181,38 +186,40 @@ class ABL(_Averaging):
     @torch.no_grad()
     def shift(self, logits: Tensor) -> Tensor:
         """Return a, (classes,), float32, as the stream up to now has it."""
-        classes = self._begun(logits)
-        if self.seen is None:
-            return logits.new_zeros(classes, dtype=torch.float32)
-        tau = self.tau * evidence(self.frequency, self.seen)
-        adjusted = tau * (classes * self.frequency).clamp(min=1e-6).log()
-        adjusted = adjusted - self.beta * (self.complexity / self.complexity.mean()).clamp(min=1e-6).log()
+        frequency, complexity, seen = self._recall(logits).values()
+        tau = self.tau * evidence(frequency, seen)
+        adjusted = tau * (len(frequency) * frequency).clamp(min=1e-6).log()
+        adjusted = adjusted - self.beta * (complexity / complexity.mean()).clamp(min=1e-6).log()
         return (adjusted - adjusted.mean()).clamp(-3, 3)
 
     @torch.no_grad()
     def observe(self, logits: Tensor) -> None:
         """Average the frequencies and complexities of a batch in."""
-        classes = self._begun(logits)
+        frequency, complexity, seen = self._recall(logits).values()
         p = logits.float().softmax(-1)
-        if self.seen is None:
-            self.complexity = torch.ones_like(self.frequency)
-            self.seen = torch.zeros_like(self.frequency[0])
         mass = p.sum(0)
-        unsure = (p * entropy(logits)[:, None]).sum(0) / mass.clamp(min=1e-6) / math.log(classes)
-        self.frequency = self._average(self.frequency, p.mean(0))
-        averaged = self._average(self.complexity, unsure)
-        self.complexity = torch.where(mass > 0.5, averaged, self.complexity)
+        unsure = (p * entropy(logits)[:, None]).sum(0) / mass.clamp(min=1e-6) / math.log(len(frequency))
+        self.frequency = self._average(frequency, p.mean(0))
+        self.complexity = torch.where(mass > 0.5, self._average(complexity, unsure), complexity)
         most = len(logits) * (1 + self.momentum) / (1 - self.momentum)  # images that a moving average stands for
-        self.seen = torch.clamp(self.seen + len(logits), max=most)
+        self.seen = torch.clamp(seen + len(logits), max=most)
+
+    def _neutral(self, ones: Tensor) -> dict[str, Tensor]:
+        return {"frequency": ones / len(ones), "complexity": ones, "seen": torch.zeros_like(ones[0])}
 
     @torch.no_grad()
-    def answer(self, logits: Tensor) -> Tensor:
-        """Return the logits, adjusted to the class prior of the batch where `correct` says so."""
-        if not self.correct or len(logits) < 2:
-            return logits
-        prior, certain = batch_prior(logits)
+    def answer(self, logits: Tensor) -> tuple[Tensor, str]:
+        """Return the logits, adjusted to the class prior of the batch where `correct` says so.
+
+        Images whose logits are not finite say nothing of the prior.
+        """
+        if not self.correct:
+            return logits, ""
+        prior, certain = batch_prior(logits[logits.isfinite().all(-1)])
+        if not certain > 0:
+            return logits, ""
         adjusted = logits.float() / _SOFTER + certain * prior.log()
-        return torch.where(certain > 0, adjusted, logits.float()).to(logits.dtype)
+        return adjusted.to(logits.dtype), "adjusted to the class prior of the batch"
 
 
 def evidence(frequency: Tensor, images: Tensor | float) -> Tensor:
@@ -256,6 +263,14 @@ LOSSES: dict[str, Callable[[], Loss]] = {
 
 def choose_loss(loss: str | Loss) -> Loss:
     """Return a loss given by name, or as it is."""
-    if isinstance(loss, str) and loss not in LOSSES:
-        raise ValueError(f"adapt: loss must be one of {', '.join(LOSSES)} or a Loss, got {loss!r}")
-    return LOSSES[loss]() if isinstance(loss, str) else loss
+    chosen = LOSSES[loss]() if isinstance(loss, str) and loss in LOSSES else loss
+    if not isinstance(chosen, Loss):
+        raise ValueError(f"adapt: loss must be one of {', '.join(LOSSES)} or a Loss such as ABL(), got {loss!r}")
+    return chosen
+
+
+def _foreign(loss: Loss, state: dict[str, Any]) -> str:
+    return (
+        f"adapt: the state remembers {', '.join(state)}, which the loss {loss.name!r} does not; "
+        "adapt with the loss that it was saved from"
+    )

@@ -49,9 +49,12 @@ class Method:
         """
         raise NotImplementedError
 
-    def answer(self, logits: Tensor) -> Tensor:
-        """Return what the caller gets for the logits of `predict`, (batch, classes): the same, unless overridden."""
-        return logits
+    def answer(self, logits: Tensor) -> tuple[Tensor, str]:
+        """Return what the caller gets for the logits of `predict`, (batch, classes), and what was done to them.
+
+        The same and "", unless overridden.
+        """
+        return logits, ""
 
     def tensors(self) -> dict[str, Tensor]:
         """Name the tensors that adapt, as the model's state_dict does."""
