@@ -18,7 +18,7 @@ def squared_distance(output: Tensor, target: Tensor) -> Tensor:
     return (output.float() - target.float()).square().sum(channels).mean()
 
 
-def softened_divergence(target: Tensor, logits: Tensor, temperature: float) -> Tensor:
+def softened_divergence(target: Tensor, logits: Tensor, temperature: float, *, mean: bool = True) -> Tensor:
     """Return ``T^2 KL(softmax(target / T) || softmax(logits / T))``, mean over the images.
 
     Source: Hinton et al., arXiv:1503.02531.
@@ -27,9 +27,11 @@ def softened_divergence(target: Tensor, logits: Tensor, temperature: float) -> T
         target: (N, C) logits; receives no gradient.
         logits: (N, C).
         temperature: T.
+        mean: Over the images; else each by itself.
 
     Returns:
-        (), float32.
+        () or (N,), float32.
     """
     wanted, given = ((v.float() / temperature).log_softmax(-1) for v in (target.detach(), logits))
-    return temperature**2 * F.kl_div(given, wanted, reduction="none", log_target=True).flatten(1).sum(1).mean()
+    terms = temperature**2 * F.kl_div(given, wanted, reduction="none", log_target=True).flatten(1).sum(1)
+    return terms.mean() if mean else terms

@@ -97,13 +97,13 @@ def decisions(report: dict) -> list[str]:
         held, kept = report["refinement"]["held_out"], report["refinement"]["kept"]
         verb = "kept" if kept else "put back"
         found.append(
-            f"refinement: {verb}, disagreement with the float model on perturbed images held out {_change(held)}"
+            f"refinement: {verb}, divergence from the float model on perturbed images held out {_change(held)}"
         )
     return found
 
 
 def _change(held):
-    return f"{held['before']:.1f} % -> {held['after']:.1f} %" if held["before"] is not None else "not measured"
+    return f"{held['before']:.3g} -> {held['after']:.3g}" if held["before"] is not None else "not measured"
 
 
 def _matching(schedule: dict) -> Refinement:

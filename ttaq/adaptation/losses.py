@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 
 FORMS = ("entropy", "pseudo", "debiased")
-_CERTAIN, _DOUBTFUL = 4.0, 2.0  # of the expected divergence: from where imbalance counts in full, and from where at all
+_CHANCE = (2.0, 4.0)  # of the divergence to expect by chance: from where the stream's imbalance counts, and in full
+_BATCH_CHANCE = (3.0, 6.0)  # that of one batch, whose prior is fitted to it
+_BIAS = (
+    0.0035,
+    0.007,
+)  # of log C: divergence of the stream's frequency beyond what a biased model shows on balanced ones
 _ROUNDS, _SOFTER, _SMOOTH = 10, 2.0, 10.0  # of expectation and maximisation; temperature; images of a uniform prior
 
 
@@ -143,7 +148,9 @@ class ABL(_Averaging):
     chance, lets it rise from 0 at 2 to 1 at 4, n the images that the average stands for.
 
     With `correct` the caller's logits are adjusted as well: ``z / T + g log(pi_batch)``, where pi_batch is the class
-    prior of the batch by expectation and maximisation, and g its own evidence; a balanced batch is left as it is.
+    prior of the batch by expectation and maximisation. This g is the larger of the batch's evidence (3 to 6) and of
+    that of a skewed stream, ``KL(pi || uniform) / log C`` (from 0.0035 to 0.007); a balanced batch of a balanced
+    stream is left as it is.
 
     Source of the aim: Xiao et al., TTAQ, arXiv:2412.09899 (ABL); the formulas are ours (docs/method.md). Source of the
     prior's estimate: Saerens et al., Adjusting the Outputs of a Classifier, Neural Computation 14 (2002).
@@ -215,26 +222,35 @@ class ABL(_Averaging):
         """
         if not self.correct:
             return logits, ""
-        prior, certain = batch_prior(logits[logits.isfinite().all(-1)])
+        finite = logits[logits.isfinite().all(-1)]
+        prior = batch_prior(finite)
+        skew = divergence(self._recall(logits)["frequency"]) / math.log(logits.shape[1])
+        certain = torch.maximum(evidence(prior, len(finite), _BATCH_CHANCE), _ramp(skew, _BIAS))
         if not certain > 0:
             return logits, ""
         adjusted = logits.float() / _SOFTER + certain * prior.log()
         return adjusted.to(logits.dtype), "adjusted to the class prior of the batch"
 
 
-def evidence(frequency: Tensor, images: Tensor | float) -> Tensor:
+def divergence(frequency: Tensor) -> Tensor:
+    """Return ``KL(frequency || uniform)``, (), in nats, of (classes,)."""
+    return (frequency * (len(frequency) * frequency).clamp(min=1e-9).log()).sum()
+
+
+def evidence(frequency: Tensor, images: Tensor | float, bounds: tuple[float, float] = _CHANCE) -> Tensor:
     """Say how certain it is that a frequency (classes,) of so many images is not chance about uniform, (), 0 to 1.
 
     ``2 n KL(pi || uniform)`` is chi-square with C - 1 degrees of freedom by chance (the G test).
     """
-    classes = len(frequency)
-    divergence = (frequency * (classes * frequency).clamp(min=1e-9).log()).sum()
-    times = 2 * images * divergence / (classes - 1)
-    return ((times - _DOUBTFUL) / (_CERTAIN - _DOUBTFUL)).clamp(0, 1)
+    return _ramp(2 * images * divergence(frequency) / (len(frequency) - 1), bounds)
 
 
-def batch_prior(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Estimate the class prior of a batch, and how certain it is that it is not uniform.
+def _ramp(value, bounds):
+    return ((value - bounds[0]) / (bounds[1] - bounds[0])).clamp(0, 1)
+
+
+def batch_prior(logits: Tensor) -> Tensor:
+    """Estimate the class prior of a batch.
 
     Expectation: ``p_b = softmax(z_b / T + log pi)``; maximisation: ``pi = (sum_b p_b + s / C) / (n + s)``.
     Source: Saerens et al., Neural Computation 14 (2002), section 2.2.
@@ -243,14 +259,14 @@ def batch_prior(logits: Tensor) -> tuple[Tensor, Tensor]:
         logits: (batch, classes).
 
     Returns:
-        (classes,) and (), float32.
+        (classes,), float32.
     """
     z = logits.float() / _SOFTER
     count, classes = z.shape
     prior = z.new_full((classes,), 1 / classes)
     for _ in range(_ROUNDS):
         prior = ((z + prior.log()).softmax(-1).sum(0) + _SMOOTH / classes) / (count + _SMOOTH)
-    return prior, evidence(prior, count)
+    return prior
 
 
 LOSSES: dict[str, Callable[[], Loss]] = {
