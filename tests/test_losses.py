@@ -192,14 +192,14 @@ def test_skew_is_evidence_and_too_few_images_are_none():
     assert evidence(torch.full((10,), 0.1), 1e6).item() == pytest.approx(0)
     for labels in (torch.randint(1000, (64,)), torch.randperm(1000)[:64]):
         assert evidence(torch.bincount(labels, minlength=1000) / 64, 64).item() == 0
-        assert batch_prior(gaussian(labels, 1000, 5.0))[1].item() == 0
+        assert evidence(batch_prior(gaussian(labels, 1000, 5.0)), 64).item() == 0
 
 
 def test_the_prior_of_a_batch_is_recovered():
     prior = torch.tensor([0.4, 0.2, 0.15, 0.1, 0.05, 0.04, 0.03, 0.02, 0.01, 0.0])
     labels = torch.multinomial(prior, 1000, replacement=True)
-    found, certain = batch_prior(gaussian(labels, 10, 3.5))
-    assert certain.item() == 1
+    found = batch_prior(gaussian(labels, 10, 3.5))
+    assert evidence(found, 1000).item() == 1
     assert found.sum().item() == pytest.approx(1, abs=1e-5)
     assert (found - prior).abs().max() < 0.03
 

@@ -42,7 +42,7 @@ def refined(name="resnet", recipe="w3a4", recipe_options=None, **options):
 
 
 def held_out(model, x, **options):
-    """Measure the disagreement held out as `refine` does."""
+    """Measure the loss of each image held out as `refine` does."""
     chosen = Refinement(**options)
     with seeded(chosen.seed, torch.device("cpu")):
         return module._Task(model.eval(), x, chosen, None)._held_out()
@@ -52,30 +52,35 @@ def held_out(model, x, **options):
 
 
 @pytest.mark.parametrize(("name", "rate"), [("resnet", 0.03), ("resnet", 20.0), ("vit", 0.03), ("vit", 20.0)])
-def test_the_disagreement_held_out_never_rises(name, rate):
+def test_the_loss_held_out_never_rises_beyond_chance(name, rate):
     x, options = input_of(name, 32), {"holdout": 0.5, "weight_lr": rate}
     model = calibrated(name, "w2a4")
     before = held_out(model, x, **options)
     outcome = refine(model, [x], **QUICK | {"steps": 8} | options)["refinement"]
     after = held_out(model, x, **options)
-    assert outcome["held_out"]["before"] == before
-    assert outcome["kept"] is (outcome["held_out"]["after"] < before)
-    assert after == (outcome["held_out"]["after"] if outcome["kept"] else before)
-    assert after <= before
+    worse = after - before
+    assert before.shape == (16,)
+    assert outcome["held_out"]["before"] == pytest.approx(before.mean().item(), abs=1e-6)
+    assert worse.mean() <= 2 * worse.std(correction=0) / 4
+    if outcome["kept"]:
+        assert outcome["held_out"]["after"] == pytest.approx(after.mean().item(), abs=1e-6)
+    else:
+        assert torch.equal(after, before)
+        assert outcome["held_out"]["after"] > outcome["held_out"]["before"]
 
 
 def scripted(monkeypatch, *values):
-    shares = iter(values)
-    monkeypatch.setattr(module._Task, "_held_out", lambda self: next(shares))
+    losses = iter(torch.tensor(value) for value in values)
+    monkeypatch.setattr(module._Task, "_held_out", lambda self: next(losses))
 
 
 @pytest.mark.parametrize("name", ["resnet", "vit"])
-@pytest.mark.parametrize("after", [40.0, 60.0, math.nan])
+@pytest.mark.parametrize("after", [(1.5, 2.6, 3.5), (9.0, 9.0, 9.0), (0.1, 0.1, math.nan)])
 def test_what_does_not_help_is_put_back_bit_for_bit(name, after, monkeypatch):
     model = calibrated(name, "w3a4").train()
     ttaq.reconstruct(model, [input_of(name)], steps=2, batch_size=4, progress=False)
     before = snapshot(model)
-    scripted(monkeypatch, 40.0, after)
+    scripted(monkeypatch, (1.0, 2.0, 3.0), after)
     outcome = refine(model, [input_of(name, 16)], **QUICK | {"weight_lr": 1.0})["refinement"]
     assert outcome["kept"] is False
     assert_unchanged(model, before)
@@ -83,9 +88,10 @@ def test_what_does_not_help_is_put_back_bit_for_bit(name, after, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["resnet", "vit"])
-def test_what_helps_is_kept(name, monkeypatch):
+@pytest.mark.parametrize("after", [(0.9, 2.0, 3.0), (0.0, 3.2, 2.9)])
+def test_what_helps_or_differs_by_chance_is_kept(name, after, monkeypatch):
     model, before = calibrated(name, "w3a4"), calibrated(name, "w3a4")
-    scripted(monkeypatch, 40.0, 39.999)
+    scripted(monkeypatch, (1.0, 2.0, 3.0), after)
     outcome = refine(model, [input_of(name, 16)], **QUICK | {"weight_lr": 1.0})["refinement"]
     assert outcome["kept"] is True
     old, new = codes_of(before), codes_of(model)
@@ -407,7 +413,7 @@ def test_the_report():
     found = report["refinement"]
     assert dataclasses.asdict(chosen).items() <= found.items()
     assert set(found) - set(dataclasses.asdict(chosen)) == {"held_out", "kept", "seconds"}
-    assert 0 <= found["held_out"]["before"] <= 100
+    assert found["held_out"]["before"] > 0
     assert found["seconds"] > 0
     assert report["calibration"]["images"] == 8
     assert json.loads(json.dumps(ttaq.pack(model).ttaq_report))["refinement"] == found
@@ -451,7 +457,7 @@ def test_a_failure_anywhere_leaves_the_model_as_it_was(place, failure, monkeypat
     model = calibrated("resnet", "w3a4")
     before = snapshot(model)
 
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise failure
 
     monkeypatch.setattr(module, place, fail)
