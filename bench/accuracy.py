@@ -17,11 +17,12 @@ from ttaq.adaptation.losses import LOSSES
 from ttaq.models import ResNet
 from ttaq.pipeline import METHODS
 from ttaq.sources import open_data, preprocessing_of
+from ttaq.spec import Recipe
 from ttaq.streams import Images, load_digits, load_npz
 from ttaq.training import Training, fetch_trained
 
 from . import machine, summary
-from .grid import FLOAT, STREAMS, Grid, Subject
+from .grid import FLOAT, STREAMS, Grid, Subject, statistics_of
 
 FOLDER = machine.ROOT / "bench/results/accuracy"
 AXES = {
@@ -36,11 +37,22 @@ AXES = {
 KNOWN = {"methods": METHODS, "adapters": AXES["adapters"], "losses": LOSSES, "streams": STREAMS}
 
 
+def _whole(text):
+    if not text.isdigit():
+        raise ValueError(f"takes whole numbers, got {text!r}")
+    return int(text)
+
+
+READ = {"seeds": _whole, "bits": Recipe.parse, "statistics": statistics_of}
+
+
 def main(options: argparse.Namespace) -> int:
     """Measure the cells that are missing; or draw what has been measured."""
     path = Path(options.out or FOLDER / f"grid-{options.model.replace(':', '-')}.csv")
     if options.table or options.figure:
         return summary.show(path, options)
+    if not 0 <= options.shard < options.shards:
+        raise ValueError(f"bench accuracy: --shard must be 0 to {options.shards - 1}, got {options.shard}")
     subject, source = _subject(options)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -122,7 +134,13 @@ def _list(name):
         parts = [part.strip() for part in text.split(",") if part.strip()]
         known = KNOWN.get(name)
         if known and (odd := sorted(set(parts) - set(known))):
-            raise argparse.ArgumentTypeError(f"--{name} takes {', '.join(known)}, got {', '.join(odd)}")
-        return [int(part) for part in parts] if name == "seeds" else parts
+            raise argparse.ArgumentTypeError(f"takes {', '.join(known)}, got {', '.join(odd)}")
+        try:
+            values = [READ.get(name, str)(part) for part in parts]
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        if not parts:
+            raise argparse.ArgumentTypeError("wants at least one")
+        return values if name == "seeds" else parts
 
     return read

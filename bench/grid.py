@@ -11,8 +11,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import ttaq
+from ttaq.adaptation.statistics import STATISTICS
 from ttaq.evaluation import Result, evaluate
 from ttaq.pipeline import decisions
 from ttaq.streams import Corrupted, Images, Stream, continual, correlated, long_tailed
@@ -62,6 +64,7 @@ class Grid:
     def __init__(self, subject: Subject, path: Path, cache: Path, device: str = "cpu", source=None):
         self.subject, self.path, self.cache, self.device, self.source = subject, path, cache, device, source
         self.done = {tuple(row[k] for k in KEY) for row in read(path)}
+        self.normalised = any(isinstance(m, _BatchNorm) for m in subject.model.modules())
         self._corrupted: dict[int, object] = {}
         self._answers: dict[int, torch.Tensor] = {}
 
@@ -82,6 +85,8 @@ class Grid:
         cells = [("none", "", "", "clean"), *_cells(options)]
         for adapter, loss, statistics, stream in cells:
             if method == "none" and loss not in ("", "entropy"):
+                continue
+            if adapter == "norm" and (statistics == "source" or not self.normalised):  # it would adapt nothing
                 continue
             cell = base | {"adapter": adapter, "loss": loss, "statistics": statistics, "stream": stream}
             if self._known(cell, options):
@@ -173,11 +178,12 @@ class _Remembering(nn.Module):
 
 
 def statistics_of(text: str) -> dict:
-    """Read "batch", "ema0.2" (momentum) or "blend0.5" (share of the batch)."""
-    for kind, option in (("ema", "momentum"), ("blend", "alpha")):
-        if text.startswith(kind):
-            return {"statistics": kind, option: float(text.removeprefix(kind))}
-    return {"statistics": text}
+    """Read "batch", "source", "ema" or "blend", the latter two also as "ema0.2" (momentum) or "blend0.5" (share)."""
+    kind = text.rstrip("0123456789.")
+    number, option = text.removeprefix(kind), {"ema": "momentum", "blend": "alpha"}.get(kind)
+    if kind not in STATISTICS or (number and not option):
+        raise ValueError(f"statistics must be one of {', '.join(STATISTICS)}, ema0.2 or blend0.5, got {text!r}")
+    return {"statistics": kind} | ({option: float(number)} if number else {})
 
 
 def whole(images: Images) -> Stream:

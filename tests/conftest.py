@@ -1,6 +1,8 @@
 """What every test shares: Triton on the CPU, seeds, poisoned memory, marks and the shared data."""
 
+import importlib
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,8 @@ if not torch.cuda.is_available():  # where there is a GPU the kernels run compil
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 
-DATA = Path(__file__).parents[1].parent / "shared/data"
+ROOT = Path(__file__).parents[1]
+DATA = ROOT.parent / "shared/data"
 
 
 def _round_to_bfloat16_as_hardware_does():
@@ -103,3 +106,11 @@ def shared_data():
     if not DATA.is_dir():
         pytest.skip(f"needs the data folder {DATA}")
     return DATA
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """Import modules of bench/, which is no part of the package."""
+    sys.path.append(str(ROOT))
+    yield lambda name: importlib.import_module(f"bench.{name}")
+    sys.path.remove(str(ROOT))

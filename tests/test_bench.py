@@ -1,7 +1,6 @@
 """The benchmarks: timing, rows, tables, and a gate that lets nothing through while a test is red."""
 
 import csv
-import importlib
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,14 +14,6 @@ COLUMNS = (
     "commit,dirty,machine,driver,cuda,torch,triton,op,backend,dtype,case,p20_us,p50_us,p80_us,gbps,tflops,"
     "percent_of_roofline,peak_mib,max_error,rival,ratio"
 )
-
-
-@pytest.fixture(scope="module")
-def bench():
-    """Import modules of bench/, which is no part of the package."""
-    sys.path.append(str(ROOT))
-    yield lambda name: importlib.import_module(f"bench.{name}")
-    sys.path.remove(str(ROOT))
 
 
 @pytest.fixture
