@@ -212,8 +212,8 @@ def test_learned_models_say_what_making_them_took(walk):
     args = ["--methods", "ttaq", "--bits", "w2a4", "--seeds", "3", "--streams", "iid", "--adapters", "source"]
     rows = walk(*args, "--steps", "2")
     assert (rows[0]["stream"], rows[0]["steps"], rows[0]["seed"]) == ("clean", "2", "3")
-    assert rows[0]["note"].startswith("PEM ")
-    assert "refined" in rows[0]["note"]
+    assert rows[0]["note"].startswith("PEM: strength ")
+    assert "refinement: " in rows[0]["note"]
     assert [path.name for path in walk.cache.iterdir()] == ["tiny-w2a4-ttaq-2-3-16.safetensors"]
     more = walk(*args, "--steps", "3")
     assert cells(more[2:], "steps") == [("3",), ("3",)]

@@ -202,7 +202,7 @@ def test_the_analytic_value(kind, rounding, measured):
     layer, x = made(kind, rounding=rounding)
     power = columns(x, layer).square().mean(1)
     inverse = torch.linspace(0.01, 0.2, len(power)) if measured else torch.full((), 10**-1.5)
-    pem = PEM(1, snr=None if measured else 15.0)
+    pem = PEM(1, form="analytic", snr=None if measured else 15.0)
     term, _ = term_of(layer, x, pem, {"0": inverse}, {"0": 1.5})
     arriving = power * inverse + layer.input_quantizer.scale.detach().double() ** 2 / 12
     wanted = 1.5 * by_hand(layer, x, layer.weight_quantizer.rounding.weight.detach(), arriving)
@@ -315,7 +315,7 @@ def test_the_sum_over_a_block_with_products_and_layers():
     for name in ("qkv", "proj"):
         begin(layers[name])
     weights = {"qkv": 2.0, "proj": 0.5}
-    term = Propagation(model, layers, PEM(1, snr=15.0), {}, lambda coded: attention(x), weights)
+    term = Propagation(model, layers, PEM(1, form="analytic", snr=15.0), {}, lambda coded: attention(x), weights)
     attention(x)
     assert list(term.terms) == ["qkv", "scores", "mix", "proj"]
     assert term().item() == pytest.approx(sum(t().item() for t in term.terms.values()))

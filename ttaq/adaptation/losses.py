@@ -150,7 +150,7 @@ class ABL(_Averaging):
     With `correct` the caller's logits are adjusted as well: ``z / T + g log(pi_batch)``, where pi_batch is the class
     prior of the batch by expectation and maximisation. This g is the larger of the batch's evidence (3 to 6) and of
     that of a skewed stream, ``KL(pi || uniform) / log C`` (from 0.0035 to 0.007); a balanced batch of a balanced
-    stream is left as it is.
+    stream is left as it is, and so is one of fewer images than classes.
 
     Source of the aim: Xiao et al., TTAQ, arXiv:2412.09899 (ABL); the formulas are ours (docs/method.md). Source of the
     prior's estimate: Saerens et al., Adjusting the Outputs of a Classifier, Neural Computation 14 (2002).
@@ -223,6 +223,8 @@ class ABL(_Averaging):
         if not self.correct:
             return logits, ""
         finite = logits[logits.isfinite().all(-1)]
+        if len(finite) < logits.shape[1]:  # so few would fit their prior to themselves
+            return logits, ""
         prior = batch_prior(finite)
         skew = divergence(self._recall(logits)["frequency"]) / math.log(logits.shape[1])
         certain = torch.maximum(evidence(prior, len(finite), _BATCH_CHANCE), _ramp(skew, _BIAS))
