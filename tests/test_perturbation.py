@@ -13,16 +13,9 @@ from ttaq.blocks import find_blocks
 from ttaq.caching import BlockCache
 from ttaq.consistency import PCR
 from ttaq.layers import QuantConv2d, QuantLinear
+from ttaq.moments import depth_weights, measure_noise
 from ttaq.objectives import Objectives
-from ttaq.perturbation import (
-    FORMS,
-    PEM,
-    STRENGTHS,
-    Propagation,
-    depth_weights,
-    measure_noise,
-    preconditioned,
-)
+from ttaq.perturbation import FORMS, PEM, STRENGTHS, Propagation, preconditioned
 from ttaq.quantizers import ActivationQuantizer, broadcast, disabled
 from ttaq.roundings import AdaRound, StraightThrough
 
@@ -327,7 +320,7 @@ def test_the_sum_over_a_block_with_products_and_layers():
 
 
 def test_pure_noise_is_measured_as_it_is(monkeypatch):
-    monkeypatch.setattr(perturbation, "change_light", lambda x, generator: x)
+    monkeypatch.setattr("ttaq.moments.change_light", lambda x, generator: x)
     model = nn.Sequential(QuantLinear(16, 4), nn.Flatten()).eval()
     batches = [images(64), images(64, seed=2)]
     batches = [torch.cat([x[..., :-1], 0 * x[..., -1:]], -1) for x in batches]

@@ -13,7 +13,8 @@ from .consistency import PCR, Consistency
 from .distances import squared_distance
 from .layers import QuantMatMul
 from .learning import Learned
-from .perturbation import PEM, STRENGTHS, Propagation, depth_weights, measure_noise, preconditioned
+from .moments import depth_weights, measure_noise
+from .perturbation import PEM, STRENGTHS, Propagation, preconditioned
 from .quantizers import disabled
 
 _LOOK = 256  # images that PEM's moments come from

@@ -12,17 +12,15 @@ divided by E|W x|^2, so that one strength serves all layers. Source of the aim: 
 formulas are ours (docs/method.md).
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .augment import add_noise, change_light
-from .batches import Forward, call, change_images, has_images
-from .layers import QuantConv2d, QuantLinear, QuantMatMul, pad_input
+from .layers import QuantLinear, QuantMatMul, pad_input
+from .moments import by_channel, calls_of, energy, inputs_of, noise_like, output_energy
 from .quantizers import ActivationQuantizer, disabled
 
 FORMS = ("analytic", "clipped", "measured")
@@ -60,37 +58,6 @@ class PEM:
             raise ValueError(f"PEM: strength must be 0 or more, got {self.strength}; None lets the rule choose")
 
 
-@torch.no_grad()
-def measure_noise(model: nn.Module, inputs: list, forward: Forward | None, seed: int) -> dict[str, Tensor]:
-    """Measure 1 / SNR_j of the inputs of every quantised layer, when the images change in light and get noise.
-
-    Args:
-        model: Runs as the float model.
-        inputs: Entries of `batches.collect`.
-        forward: Runs the model on one entry.
-        seed: Of the changes.
-
-    Returns:
-        Layer to (J,), E[d_j^2] / E[x_j^2], 0 where a channel is silent.
-
-    Raises:
-        ValueError: There are no images (N, C, H, W) to change.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, (QuantLinear, QuantConv2d))}
-    sums = {}
-    if not all(has_images(entry) for entry in inputs):
-        raise ValueError("PEM: the inputs hold no images (N, C, H, W) to perturb; give snr in dB")
-    with disabled(model):
-        for entry in inputs:
-            view = change_images(entry, lambda x: add_noise(change_light(x, generator), generator))
-            clean, moved = (_inputs_of(layers, lambda e=e: call(model, e, forward)) for e in (entry, view))
-            for name, x in clean.items():
-                terms = torch.stack([_energy((moved[name] - x), layers[name]), _energy(x, layers[name])])
-                sums[name] = sums[name] + terms if name in sums else terms
-    return {name: torch.where(x > 0, d / x.clamp(min=1e-30), 0.0) for name, (d, x) in sums.items()}
-
-
 class Propagation:
     """R of all layers of one block, ready to be added to the loss of each step.
 
@@ -114,9 +81,9 @@ class Propagation:
         weights: dict[str, float],
     ):
         with torch.no_grad(), disabled(model):
-            floats = _calls_of(layers, lambda: run(False))
+            floats = calls_of(layers, lambda: run(False))
         with torch.no_grad():
-            coded = _inputs_of(layers, lambda: run(True)) if pem.form == "measured" else {}
+            coded = inputs_of(layers, lambda: run(True)) if pem.form == "measured" else {}
         self.terms: dict[str, Callable[[], Tensor]] = {}
         for name, (args, output) in floats.items():
             layer, weight = layers[name], weights.get(name, 1.0)
@@ -138,9 +105,9 @@ class _Term:
     def __init__(self, layer, x, output, inverse, pem, weight, _):
         self.layer, self.clips = layer, pem.form == "clipped"
         layer.weight_quantizer.rounding.energy_groups = getattr(layer, "groups", 1)
-        self.moved = _energy(x, layer) * inverse  # E[d_j^2]
-        self.factor = weight / _output_energy(layer, output)
-        values = _by_channel(x, layer)
+        self.moved = energy(x, layer) * inverse  # E[d_j^2]
+        self.factor = weight / output_energy(layer, output)
+        values = by_channel(x, layer)
         picked = torch.randint(values.shape[1], (min(_SAMPLE, values.shape[1]),), device=x.device)
         self.sample = values[:, picked]
         self.sample = self.sample + torch.randn_like(self.sample) * self.moved.sqrt()[:, None]
@@ -159,12 +126,12 @@ class _MeasuredTerm:
     @torch.no_grad()
     def __init__(self, layer, x, output, inverse, pem, weight, coded):
         self.layer, self.groups = layer, getattr(layer, "groups", 1)
-        self.factor = weight / _output_energy(layer, output)
+        self.factor = weight / output_energy(layer, output)
         with torch.no_grad():
-            seen = coded.float() + _noise_like(coded, layer, (_energy(x, layer) * inverse).sqrt())
+            seen = coded.float() + noise_like(coded, layer, (energy(x, layer) * inverse).sqrt())
             seen = seen if layer.input_quantizer is None else layer.input_quantizer(seen)
-        x = _by_channel(x, layer)
-        error = _by_channel(seen, layer) - x
+        x = by_channel(x, layer)
+        error = by_channel(seen, layer) - x
         self.full = isinstance(layer, QuantLinear) and len(x) <= FULL
         if self.full:
             self.see, self.cross = (error @ other.t() / x.shape[1] for other in (error, x))
@@ -194,10 +161,10 @@ class _MatMulTerm:
         self.clips = pem.form != "analytic"
         self.fixed = []
         for _, x, other in self.sides:
-            energy = x.square().mean()
+            power = x.square().mean()
             picked = x.flatten()[torch.randint(x.numel(), (min(4 * _SAMPLE, x.numel()),), device=x.device)]
-            sample = picked + torch.randn_like(picked) * (energy * inverse).sqrt()
-            self.fixed.append((other.square().mean(), energy * inverse, sample))
+            sample = picked + torch.randn_like(picked) * (power * inverse).sqrt()
+            self.fixed.append((other.square().mean(), power * inverse, sample))
         self.factor = weight * a.shape[-1] / output.square().mean().clamp(min=1e-30)
         self.sides = [quantizer for quantizer, *_ in self.sides]
 
@@ -225,7 +192,7 @@ def preconditioned(layers: dict[str, nn.Module], run: Callable[[bool], object], 
         Layer to W*, the shape of W; layers with more than `SOLVED` inputs an output are left out.
     """
     found = {}
-    for name, x in _inputs_of(layers, lambda: run(False)).items():
+    for name, x in inputs_of(layers, lambda: run(False)).items():
         layer, weight = layers[name], layers[name].weight.detach()
         if weight[0].numel() > SOLVED:
             continue
@@ -252,22 +219,6 @@ def _patches(layer, x, images=64, columns=8192):
     return rows[..., torch.randperm(rows.shape[2], device=x.device)[:columns]].double()
 
 
-def depth_weights(noise: dict[str, Tensor]) -> dict[str, float]:
-    """Weigh each layer by the energy gain of the layers behind it, 1 on average.
-
-    The relative energy of a perturbation at a layer's input, over that at the last layer's, telescopes to the product
-    of the gains between: ``w_l = r_last / r_l`` with ``r_l = E|d|^2 / E|x|^2``.
-
-    Args:
-        noise: What `measure_noise` gave, in the order in which layers run.
-    """
-    relative = {name: inverse.mean().clamp(min=1e-12).item() for name, inverse in noise.items()}
-    last = list(relative.values())[-1]
-    gains = {name: last / value for name, value in relative.items()}
-    mean = sum(gains.values()) / len(gains)
-    return {name: gain / mean for name, gain in gains.items()}
-
-
 def _granular(quantizer: ActivationQuantizer | None) -> Tensor | float:
     """s^2 / 12; 0 for floats and for scales that are measured a token."""
     if quantizer is None or quantizer.spec.granularity != "tensor":
@@ -282,55 +233,3 @@ def _overshoot(quantizer, x):
     zero = quantizer.zero.round()
     low, high = -zero * quantizer.scale, (quantizer.spec.qmax - zero) * quantizer.scale
     return torch.relu(x - high).square() + torch.relu(low - x).square()
-
-
-def _channels(layer):
-    return 1 if isinstance(layer, QuantConv2d) else -1
-
-
-def _by_channel(x, layer):
-    """View an input as (J, samples)."""
-    return x.detach().float().movedim(_channels(layer), 0).flatten(1)
-
-
-def _noise_like(x, layer, spread):
-    """Draw normal noise of the shape of an input, `spread` (J,) wide in each channel."""
-    noise = torch.randn_like(x.movedim(_channels(layer), -1), dtype=torch.float32) * spread
-    return noise.movedim(-1, _channels(layer))
-
-
-def _energy(x, layer):
-    return _by_channel(x, layer).square().mean(1)
-
-
-def _output_energy(layer, output):
-    """E|W x|^2: without the bias, summed over outputs."""
-    y = _by_channel(output, layer)
-    return (
-        (y if layer.bias is None else y - layer.bias.detach().float()[:, None]).square().mean(1).sum().clamp(min=1e-30)
-    )
-
-
-def _inputs_of(layers, run):
-    return {name: args[0] for name, (args, _) in _calls_of(layers, run).items()}
-
-
-def _calls_of(layers, run):
-    """Return what each layer was first called with, and what it returned, in the order of the calls."""
-    found = {}
-    with _watched(layers, found):
-        run()
-    return found
-
-
-@contextmanager
-def _watched(layers: dict[str, nn.Module], found: dict) -> Iterator[None]:
-    def watch(name):
-        return lambda layer, args, output: found.setdefault(name, (args, output)) and None
-
-    hooks = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
