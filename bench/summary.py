@@ -15,13 +15,19 @@ CELL = ("bits", "adapter", "loss", "statistics", "stream", "pass")
 
 def show(path: Path, options: argparse.Namespace) -> int:
     """Print the table of a file, and draw its figure where one is asked for."""
-    rows = read(path)
+    rows = [row for row in read(path) if _asked(row, options)]
     if not rows:
-        raise ValueError(f"bench accuracy: {path} holds no rows; run the grid first")
+        raise ValueError(f"bench accuracy: {path} holds no rows of these steps and images; run the grid first")
     if options.figure:
         _draw(rows, Path(options.figure))
     print(table(rows), end="")
     return 0
+
+
+def _asked(row, options):
+    """Rows of other steps or of shorter streams are other measurements: one table holds one kind."""
+    whole = row["stream"] == "clean" or row["images"] == str(options.stream_images)
+    return whole and row["steps"] in ("0", str(options.steps))
 
 
 def table(rows: list[dict]) -> str:

@@ -244,7 +244,7 @@ def test_statistics_are_read(bench):
         (["--shard", "2", "--shards", "2"], "--shard must be 0 to 1, got 2"),
         (["--model", "digits"], "--model NAME wants --calibration DIR and --data DIR"),
         (["--model", "resnet20"], "--data wants the folder"),
-        (["--table", "--out", "nowhere.csv"], "nowhere.csv holds no rows; run the grid first"),
+        (["--table", "--out", "nowhere.csv"], "nowhere.csv holds no rows of these steps and images"),
     ],
 )
 def test_what_is_unknown_is_refused_in_a_sentence(bench, capsys, args, says):

@@ -8,6 +8,7 @@ import pytest
 
 def made(method, seed, error, bits="w2a2", **other):
     cell = {"adapter": "tent", "loss": "entropy", "statistics": "batch", "stream": "iid", "pass": "1"}
+    cell |= {"steps": "500", "images": "1000"}
     return {"bits": bits, **cell, "method": method, "seed": str(seed), "error": str(error), **other}
 
 
@@ -51,10 +52,13 @@ def test_pairs_are_of_one_seed(bench):
 def test_the_figure_and_the_table_of_a_file(bench, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     path, figure = tmp_path / "grid.csv", tmp_path / "figure.png"
-    for row in ROWS:
+    others = (made("ttaq", 0, 99.0, steps="20"), made("qdrop", 0, 99.0, images="10"))
+    for row in [*ROWS, *others]:
         bench("grid").append(row, path)
     main = bench("__main__").main
     assert main(["accuracy", "--out", str(path), "--figure", str(figure)]) == 0
     assert figure.read_bytes()[:4] == b"\x89PNG"
     assert main(["accuracy", "--out", str(path), "--table"]) == 0
     assert capsys.readouterr().out == 2 * bench("summary").table(ROWS)
+    assert main(["accuracy", "--out", str(path), "--table", "--steps", "20"]) == 0
+    assert "99.00 (1)" in capsys.readouterr().out
