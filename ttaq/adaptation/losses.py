@@ -150,7 +150,8 @@ class ABL(_Averaging):
     With `correct` the caller's logits are adjusted as well: ``z / T + g log(pi_batch)``, where pi_batch is the class
     prior of the batch by expectation and maximisation. This g is the larger of the batch's evidence (3 to 6) and of
     that of a skewed stream, ``KL(pi || uniform) / log C`` (from 0.0035 to 0.007); a balanced batch of a balanced
-    stream is left as it is, and so is one of fewer images than classes.
+    stream is left as it is, and so is one of fewer images than classes. It serves where norm layers follow the stream:
+    with the source's statistics, or in a ViT, a shifted domain alone skews the predictions and is taken for classes.
 
     Source of the aim: Xiao et al., TTAQ, arXiv:2412.09899 (ABL); the formulas are ours (docs/method.md). Source of the
     prior's estimate: Saerens et al., Adjusting the Outputs of a Classifier, Neural Computation 14 (2002).
