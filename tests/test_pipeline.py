@@ -9,8 +9,8 @@ from tiny import assert_unchanged, calibrated, images, input_of, resnet, snapsho
 from torch import nn
 
 import ttaq
-from ttaq.layers import PackedConv2d, PackedLinear
 from ttaq.models import ResNet, ViT
+from ttaq.packed_layers import PackedConv2d, PackedLinear
 
 BUILD = {
     "resnet": (resnet, lambda: ResNet(depth=8, classes=6, width=4)),

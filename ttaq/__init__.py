@@ -22,7 +22,8 @@ from .checkpoint import load, save
 from .consistency import PCR
 from .dispatch import backend, explain
 from .evaluation import evaluate
-from .layers import MatMul, PackedConv2d, PackedLinear, QuantConv2d, QuantLinear, QuantMatMul
+from .layers import MatMul, QuantConv2d, QuantLinear, QuantMatMul
+from .packed_layers import PackedConv2d, PackedLinear
 from .packing import pack
 from .perturbation import PEM
 from .pipeline import quantize

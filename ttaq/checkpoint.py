@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .files import fingerprint, write_atomically
-from .layers import PackedConv2d, PackedLinear, QuantConv2d, QuantLinear, QuantMatMul
+from .layers import QuantConv2d, QuantLinear, QuantMatMul
+from .packed_layers import PackedConv2d, PackedLinear
 from .quantizers import Quantizer
 from .spec import QuantSpec
 from .surgery import copy_model, replace

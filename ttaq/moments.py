@@ -1,8 +1,5 @@
 """What PEM measures of the inputs of layers: their energy, how much of it perturbed images add, and where it grows."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 
@@ -38,7 +35,7 @@ def measure_noise(model: nn.Module, inputs: list, forward: Forward | None, seed:
             view = change_images(entry, lambda x: add_noise(change_light(x, generator), generator))
             clean, moved = (inputs_of(layers, lambda e=e: call(model, e, forward)) for e in (entry, view))
             for name, x in clean.items():
-                terms = torch.stack([energy((moved[name] - x), layers[name]), energy(x, layers[name])])
+                terms = torch.stack([energy(moved[name] - x, layers[name]), energy(x, layers[name])])
                 sums[name] = sums[name] + terms if name in sums else terms
     return {name: torch.where(x > 0, d / x.clamp(min=1e-30), 0.0) for name, (d, x) in sums.items()}
 
@@ -80,34 +77,29 @@ def energy(x, layer):
 
 
 def output_energy(layer, output):
-    """E|W x|^2: without the bias, summed over outputs."""
+    """Return E|W x|^2, (): without the bias, summed over outputs."""
     y = by_channel(output, layer)
-    return (
-        (y if layer.bias is None else y - layer.bias.detach().float()[:, None]).square().mean(1).sum().clamp(min=1e-30)
-    )
+    if layer.bias is not None:
+        y = y - layer.bias.detach().float()[:, None]
+    return y.square().mean(1).sum().clamp(min=1e-30)
 
 
 def inputs_of(layers, run):
-    """Return what each layer was first called with, as `calls_of`: its first argument."""
+    """Return the first argument of each layer's first call, in the order of the calls."""
     return {name: args[0] for name, (args, _) in calls_of(layers, run).items()}
 
 
 def calls_of(layers, run):
     """Return what each layer was first called with, and what it returned, in the order of the calls."""
     found = {}
-    with _watched(layers, found):
-        run()
-    return found
 
-
-@contextmanager
-def _watched(layers: dict[str, nn.Module], found: dict) -> Iterator[None]:
     def watch(name):
         return lambda layer, args, output: found.setdefault(name, (args, output)) and None
 
     hooks = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
     try:
-        yield
+        run()
     finally:
         for hook in hooks:
             hook.remove()
+    return found

@@ -3,8 +3,9 @@
 from torch import nn
 
 from .files import fingerprint
-from .layers import PackedConv2d, PackedLinear, QuantConv2d, QuantLinear
+from .layers import QuantConv2d, QuantLinear
 from .norms import forget_float
+from .packed_layers import PackedConv2d, PackedLinear
 from .surgery import copy_model, replace
 
 

@@ -127,9 +127,8 @@ class _MeasuredTerm:
     def __init__(self, layer, x, output, inverse, pem, weight, coded):
         self.layer, self.groups = layer, getattr(layer, "groups", 1)
         self.factor = weight / output_energy(layer, output)
-        with torch.no_grad():
-            seen = coded.float() + noise_like(coded, layer, (energy(x, layer) * inverse).sqrt())
-            seen = seen if layer.input_quantizer is None else layer.input_quantizer(seen)
+        seen = coded.float() + noise_like(coded, layer, (energy(x, layer) * inverse).sqrt())
+        seen = seen if layer.input_quantizer is None else layer.input_quantizer(seen)
         x = by_channel(x, layer)
         error = by_channel(seen, layer) - x
         self.full = isinstance(layer, QuantLinear) and len(x) <= FULL
