@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from ttaq.kernels import codes as cd
+from ttaq.kernels import log2 as lg
 from ttaq.kernels import packed_conv2d as pc
 from ttaq.kernels import packed_linear as pl
 from ttaq.kernels import perturb as pt
@@ -107,6 +108,15 @@ def _perturb_variants() -> Iterator[Variant]:
         for kernel in ("_perturb_kernel", "_perturb_backward_kernel"):
             name = f"{dtype}, {kind}" + (", per channel" if bits else "")
             yield Variant("perturb", kernel, name, args, wide=dtype == "fp32")
+
+
+def _log2_variants() -> Iterator[Variant]:
+    sizes = {"scale_ptr": "*fp32", "dscale_ptr": "*fp32", "code_ptr": "*u8", "partial_ptr": "*i32", "n": "i32:16"}
+    constants = {**sizes, "qmax": "i32", "BLOCK": lg.TILE, "STEPS": 2}
+    for dtype, roots in product(("fp32", "bf16"), (1, 2)):
+        args = {**dict.fromkeys(("grad_ptr", "x_ptr", "y_ptr", "dx_ptr"), f"*{dtype}"), **constants, "ROOTS": roots}
+        for kernel in ("_log2_fake_quant_kernel", "_log2_fake_quant_backward_kernel", "_log2_codes_kernel"):
+            yield Variant("log2", kernel, f"{dtype}, roots {roots}", args)
 
 
 def _soft_round_variants() -> Iterator[Variant]:
@@ -199,6 +209,7 @@ def _packed_conv2d_variants() -> Iterator[Variant]:
 VARIANTS: list[Variant] = [
     *_fake_quant_variants(),
     *_perturb_variants(),
+    *_log2_variants(),
     *_soft_round_variants(),
     *_codes_variants(),
     *_packed_linear_variants(),

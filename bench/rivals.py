@@ -51,6 +51,18 @@ def perturbed(
     return torch.where(torch.rand_like(x) < spread, x, y) if kind == "drop" else y
 
 
+def log2(x: Tensor, scale: Tensor, *, qmax: int, roots: int) -> Tensor:
+    """Compose the logarithmic grid of torch ops, the rounding straight through."""
+    raw = -roots * torch.log2(x.float() / scale)
+    code = torch.clamp(raw + (torch.round(raw) - raw).detach(), 0, qmax)
+    return torch.where(code < qmax, scale * torch.exp2(-code / roots), 0.0).to(x.dtype)
+
+
+def log2_codes(x: Tensor, scale: Tensor, *, qmax: int, roots: int) -> Tensor:
+    """Compose the codes of the logarithmic grid of torch ops; it counts no bad inputs."""
+    return torch.clamp(torch.round(-roots * torch.log2(x.float() / scale)), 0, qmax).to(torch.uint8)
+
+
 def soft_round(w: Tensor, v: Tensor, scale: Tensor, zero: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """Compose AdaRound (arXiv:2004.10568) of torch ops, one scale a row, 4 bits."""
     _, scale, zero = _aligned(w, scale, zero, 0, 0)

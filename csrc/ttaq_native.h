@@ -24,6 +24,7 @@ enum ttaq_error {
   TTAQ_BAD_BITS = -3,    // bits is none of 2, 3, 4, 8
   TTAQ_NO_MEMORY = -4,   // scratch memory could not be had
   TTAQ_BAD_KIND = -5,    // kind is none of enum ttaq_kind
+  TTAQ_BAD_ROOTS = -6,   // roots is neither 1 nor 2, or qmax not in 1 .. 63
 };
 
 enum ttaq_dtype { TTAQ_FLOAT32 = 0, TTAQ_BFLOAT16 = 1, TTAQ_FLOAT16 = 2 };
@@ -75,6 +76,19 @@ TTAQ_EXPORT int ttaq_cpu_perturbed_fake_quant_backward(const void* grad, const v
 TTAQ_EXPORT int ttaq_cpu_quantize_codes(const void* x, uint8_t* codes, const float* scale, const void* zero,
                                         int zero_is_int, int32_t* nonfinite, int dtype, int qmin, int qmax,
                                         int64_t outer, int64_t channels, int64_t inner, int threads, int level);
+
+// Fake quantisation on a logarithmic grid (kernels/log2.py) with one scale; n elements, roots 1 or 2, qmax 1 to 63.
+TTAQ_EXPORT int ttaq_cpu_log2_fake_quant(const void* x, void* y, const float* scale, int dtype, int qmax, int roots,
+                                         int64_t n, int threads, int level);
+
+// Its codes; a NaN gets the code of 0.0. nonfinite: as above.
+TTAQ_EXPORT int ttaq_cpu_log2_codes(const void* x, uint8_t* codes, const float* scale, int32_t* nonfinite, int dtype,
+                                    int qmax, int roots, int64_t n, int threads, int level);
+
+// Its gradients. dscale: one float32, overwritten; the same bits for any number of threads.
+TTAQ_EXPORT int ttaq_cpu_log2_fake_quant_backward(const void* grad, const void* x, void* dx, const float* scale,
+                                                  float* dscale, int dtype, int qmax, int roots, int64_t n,
+                                                  int threads, int level);
 
 // codes: (rows, k) uint8, one code a byte. words: (rows, ceil(k * bits / 8)) uint8; code j of a row occupies its bits
 // j * bits .. j * bits + bits - 1, lowest bit first; the rest of a row's last byte is zero.

@@ -25,6 +25,7 @@ _ERRORS = {
     -3: "bits must be 2, 3, 4 or 8",
     -4: "no memory for the partial sums",
     -5: "kind must be drop, step or gauss",
+    -6: "roots must be 1 or 2 and qmax 1 to 63",
 }
 _NO_DRIVER = 35
 _IMPORTED_BY = os.getpid()
@@ -40,6 +41,9 @@ _SIGNATURES = {
         "ttaq_cpu_perturbed_fake_quant": (_P, _P, _P, _P, _I, _P, _P, _I, _I, _I, _I, *_FORM, _I, _I),
         "ttaq_cpu_perturbed_fake_quant_backward": (*(_P,) * 5, _I, *(_P,) * 4, _I, _I, _I, _I, *_FORM, _I, _I),
         "ttaq_cpu_quantize_codes": (_P, _P, _P, _P, _I, _P, _I, _I, _I, *_FORM, _I, _I),
+        "ttaq_cpu_log2_fake_quant": (_P, _P, _P, _I, _I, _I, _L, _I, _I),
+        "ttaq_cpu_log2_codes": (_P, _P, _P, _P, _I, _I, _I, _L, _I, _I),
+        "ttaq_cpu_log2_fake_quant_backward": (_P, _P, _P, _P, _P, _I, _I, _I, _L, _I, _I),
         "ttaq_cpu_pack_codes": (_P, _P, _L, _L, _I, _I, _I),
         "ttaq_cpu_unpack_codes": (_P, _P, _L, _L, _I, _I, _I),
     },
@@ -247,6 +251,40 @@ def quantize_codes(
             nonfinite.data_ptr(), DTYPES[x.dtype], qmin, qmax, outer, channels, inner, _threads(), _level(level),
         )
     )  # fmt: skip
+
+
+def log2_fake_quant(*tensors_and_grid, level: str | None = None) -> None:
+    """Fake-quantise on the logarithmic grid of kernels/log2.py.
+
+    Args:
+        tensors_and_grid: x, y (like x; overwritten), scale (one element, float32), qmax, roots.
+    """
+    _log2("fake_quant", *tensors_and_grid, level=level)
+
+
+def log2_codes(*tensors_and_grid, level: str | None = None) -> None:
+    """Write the codes of the logarithmic grid.
+
+    Args:
+        tensors_and_grid: x, codes (uint8; overwritten), scale, nonfinite (int32; overwritten), qmax, roots.
+    """
+    _log2("codes", *tensors_and_grid, level=level)
+
+
+def log2_fake_quant_backward(*tensors_and_grid, level: str | None = None) -> None:
+    """Write the gradients of `log2_fake_quant`; the same bits for any number of threads.
+
+    Args:
+        tensors_and_grid: grad, x, dx (like x; overwritten), scale, dscale (one element; overwritten), qmax, roots.
+    """
+    _log2("fake_quant_backward", *tensors_and_grid, level=level)
+
+
+def _log2(what, x, *rest, level):
+    *tensors, qmax, roots = rest
+    call = getattr(library("cpu"), f"ttaq_cpu_log2_{what}")
+    pointers = (t.data_ptr() for t in (x, *tensors))
+    _check(call(*pointers, DTYPES[x.dtype], qmax, roots, x.numel(), _threads(), _level(level)))
 
 
 def pack_codes(codes: Tensor, words: Tensor, bits: int, level: str | None = None) -> None:

@@ -139,6 +139,29 @@ def perturbed_fake_quant_backward() -> Samples:
             yield f"{name}-grad_in_another_layout", (grad.mT.contiguous().mT, x, *rest)
 
 
+def log2_fake_quant() -> Samples:
+    random = torch.Generator().manual_seed(18)
+    for (name, dtype), roots in product(FLOATS.items(), (1, 2)):
+        for layout, x, axis, group in _layouts(
+            lambda *shape, d=dtype: torch.rand(shape, generator=random).pow(9).to(d)
+        ):
+            if not (axis or group):
+                yield f"{layout}-{name}-{roots}", (x, torch.tensor(0.7), 15, roots)
+        bounds = torch.tensor([2.0 ** (-k / 8) for k in range(-8, 40)])
+        around = torch.cat([bounds, *(torch.nextafter(bounds, torch.tensor(end)) for end in (0.0, 9.0))])
+        yield f"bounds-{name}-{roots}", (around.to(dtype), torch.tensor(1.0), 7, roots)
+        yield f"not_finite-{name}-{roots}", (_not_finite(dtype)[0], torch.tensor(0.3), 63, roots)
+
+
+def log2_fake_quant_backward() -> Samples:
+    random = torch.Generator().manual_seed(19)
+    for name, (x, *rest) in log2_fake_quant():
+        grad = torch.randn(x.shape, generator=random).to(x.dtype)
+        yield name, (torch.empty_like(x).copy_(grad), x, *rest)
+        if name == "images-channels_last-per_tensor-f32-1":
+            yield f"{name}-grad_in_another_layout", (grad.mT.contiguous().mT, x, *rest)
+
+
 def soft_round() -> Samples:
     random = torch.Generator().manual_seed(13)
     layouts = [(*found, 0) for found in _layouts(lambda *shape: torch.randn(shape, generator=random))]
@@ -216,6 +239,9 @@ SAMPLES: dict[str, Callable[[], Samples]] = {
     "fake_quant_backward": fake_quant_backward,
     "perturbed_fake_quant": perturbed_fake_quant,
     "perturbed_fake_quant_backward": perturbed_fake_quant_backward,
+    "log2_fake_quant": log2_fake_quant,
+    "log2_fake_quant_backward": log2_fake_quant_backward,
+    "log2_codes": log2_fake_quant,
     "soft_round": soft_round,
     "soft_round_backward": soft_round_backward,
     "quantize_codes": quantize_codes,

@@ -3,6 +3,7 @@
 import torch
 
 from .kernels import codes as cd
+from .kernels import log2 as lg
 from .kernels import perturb as pt
 
 
@@ -60,6 +61,16 @@ def check_perturbation(op, x, scale, zero, kind, spread, seed, axis):
             f"{op}: spread wants shape {wanted} for axis={axis}, got {tuple(spread.shape)}; reshape it or change axis"
         )
     return None if axis is None else axis % x.ndim
+
+
+def check_log2(op, x, scale, qmax, roots):
+    """Raise one sentence when there is no such logarithmic grid."""
+    check_scales(op, x, scale, scale, None, 0)
+    if not 1 <= qmax <= lg.MOST_CODES or roots not in (1, 2):
+        raise ValueError(
+            f"{op}: wanted qmax from 1 to {lg.MOST_CODES} and roots 1 or 2, got {qmax} and {roots}; "
+            "use 15 and 1 for 4 bits"
+        )
 
 
 def check_conv_groups(op, w, conv_groups):

@@ -5,6 +5,7 @@ import torch
 from .dispatch import Implementation, cpu, declare, gpu, never
 from .kernels import codes as cd
 from .kernels import fake_quant as fq
+from .kernels import log2 as lg
 from .kernels import packed_conv2d as pc
 from .kernels import packed_linear as pl
 from .kernels import perturb as pt
@@ -43,6 +44,27 @@ PERTURBED_FAKE_QUANT_BACKWARD = declare(
     Implementation("cpu", pt.launch_cpu_backward, cpu(pt.refuses_cpu_backward)),
     Implementation("reference", pt.reference_backward, never),
     fake=lambda grad, x, scale, *_: (torch.empty_like(x), torch.empty_like(scale), torch.empty_like(scale)),
+)
+LOG2_FAKE_QUANT = declare(
+    "log2_fake_quant(Tensor x, Tensor scale, int qmax, int roots) -> Tensor",
+    Implementation("triton", lg.launch, gpu(lg.refuses)),
+    Implementation("cpu", lg.launch_cpu, cpu(lg.refuses_cpu)),
+    Implementation("reference", lg.reference, never),
+    fake=lambda x, *_: torch.empty_like(x),
+)
+LOG2_FAKE_QUANT_BACKWARD = declare(
+    "log2_fake_quant_backward(Tensor grad, Tensor x, Tensor scale, int qmax, int roots) -> (Tensor dx, Tensor dscale)",
+    Implementation("triton", lg.launch_backward, gpu(lg.refuses_backward)),
+    Implementation("cpu", lg.launch_cpu_backward, cpu(lg.refuses_cpu_backward)),
+    Implementation("reference", lg.reference_backward, never),
+    fake=lambda grad, x, scale, *_: (torch.empty_like(x), torch.empty_like(scale)),
+)
+LOG2_CODES = declare(
+    "log2_codes(Tensor x, Tensor scale, int qmax, int roots) -> (Tensor codes, Tensor nonfinite)",
+    Implementation("triton", lg.launch_codes, gpu(lg.refuses)),
+    Implementation("cpu", lg.launch_cpu_codes, cpu(lg.refuses_cpu)),
+    Implementation("reference", lg.codes_reference, never),
+    fake=lambda x, *_: (torch.empty_like(x, dtype=torch.uint8), x.new_empty((), dtype=torch.int32)),
 )
 SOFT_ROUND = declare(
     "soft_round(Tensor w, Tensor v, Tensor scale, Tensor zero, Tensor beta, int qmin, int qmax, int? axis, int group,"

@@ -17,7 +17,7 @@ class FakeQuant(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         gradients = RAW.fake_quant_backward(grad, *ctx.saved_tensors, *ctx.grid)
-        return *_needed(ctx.needs_input_grad, gradients), *(None,) * 4
+        return *_needed(ctx.needs_input_grad[:3], gradients), *(None,) * 4
 
 
 class PerturbedFakeQuant(torch.autograd.Function):
@@ -30,7 +30,20 @@ class PerturbedFakeQuant(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         gradients = RAW.perturbed_fake_quant_backward(grad, *ctx.saved_tensors, *ctx.grid)
-        return *_needed(ctx.needs_input_grad, gradients), *(None,) * 6
+        return *_needed(ctx.needs_input_grad[:3], gradients), *(None,) * 6
+
+
+class Log2FakeQuant(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale, *grid):
+        ctx.save_for_backward(x, scale)
+        ctx.grid = grid
+        return RAW.log2_fake_quant(x, scale, *grid)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gradients = RAW.log2_fake_quant_backward(grad, *ctx.saved_tensors, *ctx.grid)
+        return *_needed(ctx.needs_input_grad[:2], gradients), None, None
 
 
 class SoftRound(torch.autograd.Function):
@@ -113,8 +126,8 @@ class QuantizedMatmul(torch.autograd.Function):
 
 
 def _needed(needs, gradients):
-    """Give the gradients of (x, scale, zero) that something asks for, and None for the others."""
-    return tuple(g if needed else None for g, needed in zip(gradients, needs[:3], strict=True))
+    """Give the gradients that something asks for, and None for the others."""
+    return tuple(g if needed else None for g, needed in zip(gradients, needs, strict=True))
 
 
 def _activation_codes(x, x_scale, x_zero, x_bits):

@@ -10,6 +10,7 @@ from .checks import (
     check_conv2d,
     check_conv_groups,
     check_linear,
+    check_log2,
     check_operands,
     check_packable,
     check_perturbation,
@@ -18,7 +19,15 @@ from .checks import (
     learns,
 )
 from .declarations import RAW
-from .gradients import FakeQuant, PackedConv2d, PackedLinear, PerturbedFakeQuant, QuantizedMatmul, SoftRound
+from .gradients import (
+    FakeQuant,
+    Log2FakeQuant,
+    PackedConv2d,
+    PackedLinear,
+    PerturbedFakeQuant,
+    QuantizedMatmul,
+    SoftRound,
+)
 from .kernels import codes as cd
 
 PACKABLE = cd.PACKABLE
@@ -95,6 +104,44 @@ def perturbed_fake_quant(
     if learns(x, scale, zero):
         return PerturbedFakeQuant.apply(x, scale, zero, spread, seed, qmin, qmax, axis, kind)
     return RAW.perturbed_fake_quant(x, scale, zero, spread, seed, qmin, qmax, axis, kind)
+
+
+def log2_fake_quant(x: Tensor, scale: Tensor, *, qmax: int, roots: int = 1) -> Tensor:
+    """Quantise and dequantise probabilities on a logarithmic grid, on which 0.0 is exact.
+
+    ``code = clamp(round(-roots log2(x / scale)), 0, qmax)``; ``y = scale 2^(-code / roots)``, 0.0 for code qmax.
+    ``dx = grad y / x`` within the grid; the scale learns from what lies above it.
+    Source: Lin et al., FQ-ViT, arXiv:2111.13824 (roots 1); Li et al., RepQ-ViT, arXiv:2212.08254 (roots 2).
+
+    Args:
+        x: Any shape, float16, bfloat16 or float32; what is negative becomes 0.0.
+        scale: (), float32, positive: the largest value; 1 after a softmax.
+        qmax: Highest code, 1 to 63.
+        roots: Codes an octave, 1 or 2.
+
+    Returns:
+        Shape, dtype and (for a dense x) strides of `x`.
+
+    Raises:
+        ValueError: `scale`, `qmax` or `roots` does not fit.
+    """
+    check_log2("log2_fake_quant", x, scale, qmax, roots)
+    if learns(x, scale):
+        return Log2FakeQuant.apply(x, scale, qmax, roots)
+    return RAW.log2_fake_quant(x, scale, qmax, roots)
+
+
+def log2_codes(x: Tensor, scale: Tensor, *, qmax: int, roots: int = 1) -> tuple[Tensor, Tensor]:
+    """Quantise to the codes of `log2_fake_quant`, which takes the same arguments.
+
+    Returns:
+        (codes, nonfinite): uint8, shape of `x`; int32 (), the NaN and infinite inputs. A NaN gets the code of 0.0.
+
+    Raises:
+        ValueError: `scale`, `qmax` or `roots` does not fit.
+    """
+    check_log2("log2_codes", x, scale, qmax, roots)
+    return RAW.log2_codes(x, scale, qmax, roots)
 
 
 def soft_round(

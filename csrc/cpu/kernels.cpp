@@ -5,6 +5,7 @@
 #include <math.h>
 
 #include "../ttaq_native.h"
+#include "log2_loops.h"
 #include "number.h"
 #include "philox.h"
 
@@ -268,6 +269,9 @@ const Kernels TTAQ_LEVEL = {
     {draw<TTAQ_DROP>, draw<TTAQ_STEP>, draw<TTAQ_GAUSS>},
     FOR_EACH_KIND(perturb),
     FOR_EACH_KIND(perturb_backward),
+    {OF_KIND(log2_forward, 1), OF_KIND(log2_forward, 2)},
+    {OF_KIND(log2_codes, 1), OF_KIND(log2_codes, 2)},
+    {OF_KIND(log2_backward, 1), OF_KIND(log2_backward, 2)},
     {nullptr, nullptr, pack<2>, pack<3>, pack<4>, nullptr, nullptr, nullptr, copy},
     {nullptr, nullptr, unpack<2>, unpack<3>, unpack<4>, nullptr, nullptr, nullptr, copy},
 };

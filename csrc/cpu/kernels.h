@@ -16,12 +16,13 @@ struct Block {
 
 constexpr int64_t WIDTH = 1024;  // no block of several lines is wider
 
-// Indexed by Span and enum ttaq_dtype, by enum ttaq_kind and enum ttaq_dtype, or by the number of bits.
+// Indexed by Span and enum ttaq_dtype, by enum ttaq_kind or the roots (from 1) and enum ttaq_dtype, or by the bits.
 enum Span {
   ROW = 0,      // scale and zero point to one value for the whole block, dscale and dzero to one sum
   COLUMNS = 1,  // to one value, one sum for each element of a line
 };
 
+constexpr int64_t SUMMED = 256;  // as many terms are added in float32, on several lanes, before the sum goes on in float64
 constexpr int64_t DRAWN = 256;  // random numbers are drawn, and elements perturbed, by as many
 
 struct Kernels {
@@ -36,6 +37,9 @@ struct Kernels {
   void (*perturb_backward[3][3])(const void* grad, const void* x, void* dx, int64_t n, const float* numbers,
                                  const float* spreads, float scale, float zero, Range range, double* dscale,
                                  double* dzero);  // adds to the two
+  void (*log2_forward[2][3])(const void* x, void* y, int64_t n, float scale, int32_t qmax);
+  int64_t (*log2_codes[2][3])(const void* x, uint8_t* codes, int64_t n, float scale, int32_t qmax);
+  double (*log2_backward[2][3])(const void* grad, const void* x, void* dx, int64_t n, float scale, int32_t qmax);
   void (*pack[9])(const uint8_t* codes, uint8_t* words, int64_t n);
   void (*unpack[9])(const uint8_t* words, uint8_t* codes, int64_t n);
 };
