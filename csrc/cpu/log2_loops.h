@@ -74,11 +74,11 @@ static double log2_backward(const void* grad_, const void* x_, void* dx_, int64_
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < size; ++i) {
       const float value = widen(x[i]), upstream = widen(grad[i]), ratio = log2_ratio(value, scale);
-      const int32_t raw = log2_code<ROOTS>(ratio);
-      const bool finite = ratio == ratio, inside = (raw >= 0) & (raw < qmax) & finite;
-      const float y = log2_value<ROOTS>(log2_cut(raw, qmax), qmax, scale);
-      narrow(inside ? upstream * (y / value) : 0.0f, dx[i]);
-      sum += finite ? (raw < 0 ? upstream : 0.0f) : ratio;
+      const int32_t raw = log2_code<ROOTS>(ratio), code = log2_cut(raw, qmax);
+      const float slope = log2_value<ROOTS>(code, qmax, scale) / value, above = raw < 0 ? upstream : 0.0f;
+      const float passed = (code == raw) & (code < qmax) ? upstream * slope : 0.0f;
+      narrow(ratio == ratio ? passed : 0.0f, dx[i]);
+      sum += ratio == ratio ? above : ratio;
     }
     total += sum;
   }
