@@ -35,7 +35,8 @@ NVCC_FLAGS = (
 )
 NVCC_LINK = "-shared -cudart static -Xcompiler -static-libstdc++,-static-libgcc"
 
-# kernels.cpp is compiled once for each instruction set, and the library picks one at run time: never -march=native.
+# The files *kernels.cpp are compiled once for each instruction set, and the library picks one at run time: never
+# -march=native.
 LEVELS = {"base": ""}
 if platform.machine() == "x86_64":
     LEVELS |= {"v3": "-march=x86-64-v3", "v4": "-march=x86-64-v4"}
@@ -101,10 +102,10 @@ def build_file(kind: str, library: Path) -> str:
     ]
     objects = []
     for source in sources(kind):
-        for level, march in LEVELS.items() if Path(source).name == "kernels.cpp" else [("", "")]:
+        for level, march in LEVELS.items() if Path(source).stem.endswith("kernels") else [("", "")]:
             objects.append(f"{Path(source).stem}{level}.o")
             lines.append(f"build {objects[-1]}: compile {escape(ROOT / source)}")
-            lines.append(f"  level = {march} -DTTAQ_LEVEL=kernels_{level}" if level else "  level =")
+            lines.append(f"  level = {march} -DTTAQ_LEVEL={level}" if level else "  level =")
     lines.append(f"build {escape(library)}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 

@@ -11,7 +11,9 @@ from ttaq import ops
 ZETA, GAMMA = 1.2, -0.1  # the stretch of the rectified sigmoid
 
 
-def lsq(x: Tensor, scale: Tensor, zero: Tensor, *, qmin: int, qmax: int, axis: int | None, group: int) -> Tensor:
+def lsq(
+    x: Tensor, scale: Tensor, zero: Tensor, *, qmin: int, qmax: int, axis: int | None = None, group: int = 0
+) -> Tensor:
     """Compose learned step size quantisation of torch ops in the order of its paper (arXiv:1902.08153).
 
     It clamps before it rounds: up to half a step beyond the range, where ours still passes the gradient, it does not.

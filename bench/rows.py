@@ -27,7 +27,7 @@ class Row:
     p20_us: float
     p50_us: float
     p80_us: float
-    gbps: float
+    gbps: float | None
     tflops: float | None
     percent_of_roofline: float | None
     peak_mib: float | None

@@ -83,7 +83,7 @@ def _origin(rows):
 def _cells(line, rivals):
     row, ratios = line[-1], {r.rival: r.ratio for r in line}
     against = [_ratio(ratios[r]) if ratios.get(r) is not None else "-" for r in rivals]
-    rate = f"{row.gbps:.3g}"
+    rate = "-" if row.gbps is None else f"{row.gbps:.3g}"
     return [row.case, row.dtype, row.backend, _time(row.p50_us), rate, _percent(row.percent_of_roofline), *against]
 
 

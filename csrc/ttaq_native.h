@@ -71,6 +71,25 @@ TTAQ_EXPORT int ttaq_cpu_perturbed_fake_quant_backward(const void* grad, const v
                                                        int dtype, int qmin, int qmax, int64_t outer, int64_t channels,
                                                        int64_t inner, int threads, int level);
 
+// Learned rounding (kernels/soft_round.py) of at least one element, all of it float32 but a `zero` of int32.
+//   y: like w, overwritten. penalty: one element, overwritten, and so energy: conv_groups * inputs sums of squares of y;
+//   with conv_groups 0 there is none. Else memory holds `outputs` lines, those of one group together, and the element at
+//   position p of a line belongs to the input p / stride % inputs.
+// The same bits for any number of threads.
+TTAQ_EXPORT int ttaq_cpu_soft_round(const float* w, const float* v, const float* scale, const void* zero,
+                                    int zero_is_int, const float* beta, float* y, float* penalty, float* energy,
+                                    int qmin, int qmax, int64_t outer, int64_t channels, int64_t inner,
+                                    int64_t outputs, int64_t conv_groups, int64_t inputs, int64_t stride, int threads,
+                                    int level);
+
+// The gradient of the above by v. grad: like w. dpenalty: one element. denergy: like energy. dv: like v, overwritten.
+TTAQ_EXPORT int ttaq_cpu_soft_round_backward(const float* grad, const float* dpenalty, const float* denergy,
+                                             const float* w, const float* v, const float* scale, const void* zero,
+                                             int zero_is_int, const float* beta, float* dv, int qmin, int qmax,
+                                             int64_t outer, int64_t channels, int64_t inner, int64_t outputs,
+                                             int64_t conv_groups, int64_t inputs, int64_t stride, int threads,
+                                             int level);
+
 // codes = clamp(round(x / scale) + round(zero), qmin, qmax) as uint8; a NaN gets the code of 0.0.
 //   nonfinite: int32, one element, overwritten with the number of NaN and infinite x.
 TTAQ_EXPORT int ttaq_cpu_quantize_codes(const void* x, uint8_t* codes, const float* scale, const void* zero,

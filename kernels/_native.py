@@ -32,6 +32,7 @@ _IMPORTED_BY = os.getpid()
 
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _FORM = (_L, _L, _L)  # outer, channels, inner
+_COLUMNS = (_L, _L, _L, _L)  # outputs, conv_groups, inputs, stride of inputs
 _SIGNATURES = {
     "cpu": {
         "ttaq_cpu_level": (),
@@ -40,6 +41,8 @@ _SIGNATURES = {
         "ttaq_cpu_fake_quant_backward": (_P, _P, _P, _P, _P, _I, _P, _P, _I, _I, _I, *_FORM, _I, _I),
         "ttaq_cpu_perturbed_fake_quant": (_P, _P, _P, _P, _I, _P, _P, _I, _I, _I, _I, *_FORM, _I, _I),
         "ttaq_cpu_perturbed_fake_quant_backward": (*(_P,) * 5, _I, *(_P,) * 4, _I, _I, _I, _I, *_FORM, _I, _I),
+        "ttaq_cpu_soft_round": (*(_P,) * 4, _I, *(_P,) * 4, _I, _I, *_FORM, *_COLUMNS, _I, _I),
+        "ttaq_cpu_soft_round_backward": (*(_P,) * 7, _I, _P, _P, _I, _I, *_FORM, *_COLUMNS, _I, _I),
         "ttaq_cpu_quantize_codes": (_P, _P, _P, _P, _I, _P, _I, _I, _I, *_FORM, _I, _I),
         "ttaq_cpu_log2_fake_quant": (_P, _P, _P, _I, _I, _I, _L, _I, _I),
         "ttaq_cpu_log2_codes": (_P, _P, _P, _P, _I, _I, _I, _L, _I, _I),
@@ -117,17 +120,9 @@ def _check(code: int) -> None:
 
 
 def fake_quant(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    qmin: int,
-    qmax: int,
-    outer: int,
-    channels: int,
-    inner: int,
+    x: Tensor, y: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, outer: int, channels: int, inner: int,
     level: str | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Write ``(clamp(round(x / scale) + round(zero), qmin, qmax) - round(zero)) * scale`` to `y`.
 
     Args:
@@ -146,20 +141,9 @@ def fake_quant(
 
 
 def fake_quant_backward(
-    grad: Tensor,
-    x: Tensor,
-    dx: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    dscale: Tensor,
-    dzero: Tensor,
-    qmin: int,
-    qmax: int,
-    outer: int,
-    channels: int,
-    inner: int,
-    level: str | None = None,
-) -> None:
+    grad: Tensor, x: Tensor, dx: Tensor, scale: Tensor, zero: Tensor, dscale: Tensor, dzero: Tensor, qmin: int,
+    qmax: int, outer: int, channels: int, inner: int, level: str | None = None,
+) -> None:  # fmt: skip
     """Write the gradients of `fake_quant` to `dx`, `dscale` and `dzero`; the same bits for any number of threads.
 
     Args:
@@ -222,19 +206,52 @@ def perturbed_fake_quant_backward(
     )  # fmt: skip
 
 
-def quantize_codes(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    nonfinite: Tensor,
-    qmin: int,
-    qmax: int,
-    outer: int,
-    channels: int,
-    inner: int,
+def soft_round(
+    w: Tensor, v: Tensor, scale: Tensor, zero: Tensor, beta: Tensor, y: Tensor, penalty: Tensor, energy: Tensor,
+    qmin: int, qmax: int, form: tuple[int, int, int], columns: tuple[int, int, int, int], level: str | None = None,
+) -> None:  # fmt: skip
+    """Write `w`, softly rounded as kernels/soft_round.py says, to `y`, and its two sums.
+
+    Args:
+        w: At least one element, float32, in physical order, and so v and y.
+        scale: (channels,), float32; zero: (channels,), float32 or int32.
+        beta: One element, float32, and so penalty, which is overwritten.
+        energy: (conv_groups * inputs,), float32; overwritten.
+        form: The canonical one.
+        columns: (outputs, conv_groups, inputs, stride of the inputs); no energy for conv_groups 0.
+        level: One of `LEVELS`, by default the highest this processor has.
+    """
+    _check(
+        library("cpu").ttaq_cpu_soft_round(
+            *(t.data_ptr() for t in (w, v, scale, zero)), zero.dtype == torch.int32,
+            *(t.data_ptr() for t in (beta, y, penalty, energy)), qmin, qmax, *form, *columns, _threads(),
+            _level(level),
+        )
+    )  # fmt: skip
+
+
+def soft_round_backward(
+    grad: Tensor, dpenalty: Tensor, denergy: Tensor, w: Tensor, v: Tensor, scale: Tensor, zero: Tensor, beta: Tensor,
+    dv: Tensor, qmin: int, qmax: int, form: tuple[int, int, int], columns: tuple[int, int, int, int],
     level: str | None = None,
-) -> None:
+) -> None:  # fmt: skip
+    """Write the gradient of `soft_round` by `v` to `dv`.
+
+    Args:
+        grad: Elements and order of `w`, and so dv; float32, as are the gradients of the two sums.
+    """
+    _check(
+        library("cpu").ttaq_cpu_soft_round_backward(
+            *(t.data_ptr() for t in (grad, dpenalty, denergy, w, v, scale, zero)), zero.dtype == torch.int32,
+            beta.data_ptr(), dv.data_ptr(), qmin, qmax, *form, *columns, _threads(), _level(level),
+        )
+    )  # fmt: skip
+
+
+def quantize_codes(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, nonfinite: Tensor, qmin: int, qmax: int, outer: int,
+    channels: int, inner: int, level: str | None = None,
+) -> None:  # fmt: skip
     """Write ``clamp(round(x / scale) + round(zero), qmin, qmax)`` to `codes`; a NaN gets the code of 0.0.
 
     Args:

@@ -8,6 +8,7 @@ k-th group of a convolution.
 
 import torch
 
+from . import _native
 from ._tiles import (
     canonical,
     clamp,
@@ -253,6 +254,37 @@ def launch_backward(grad, dpenalty, denergy, w, v, scale, zero, beta, qmin, qmax
     return dv if target is dv else dv.copy_(target)
 
 
+def launch_cpu(w, v, scale, zero, beta, qmin, qmax, axis, group, conv_groups):
+    """Run the native CPU kernel that gives y and both sums in one pass; the bits do not depend on the threads."""
+    y = torch.empty_like(w)
+    penalty, energy = (torch.zeros(n, dtype=torch.float32) for n in _sums(w, conv_groups))
+    if w.numel() == 0:
+        return y, penalty, energy
+    target = _target(y, group, conv_groups)
+    sources = (in_order_of(w, target), in_order_of(v, target), scale.contiguous(), zero.contiguous(), beta)
+    form, columns = canonical(target, axis, group), _lines(target, conv_groups)
+    _native.soft_round(*sources, target, penalty, energy, qmin, qmax, form, columns)
+    return y if target is y else y.copy_(target), penalty, energy
+
+
+def launch_cpu_backward(grad, dpenalty, denergy, w, v, scale, zero, beta, qmin, qmax, axis, group, conv_groups):
+    """Run the native CPU kernel that gives the gradient of the rounding and of its sums in one pass."""
+    dv = torch.empty_like(v)
+    if v.numel() == 0:
+        return dv
+    target = _target(dv, group, conv_groups)
+    sources = (in_order_of(grad, target), dpenalty, denergy.contiguous(), in_order_of(w, target))
+    weights = (in_order_of(v, target), scale.contiguous(), zero.contiguous(), beta)
+    form, columns = canonical(target, axis, group), _lines(target, conv_groups)
+    _native.soft_round_backward(*sources, *weights, target, qmin, qmax, form, columns)
+    return dv if target is dv else dv.copy_(target)
+
+
+def _lines(y, conv_groups):
+    """Say how the native kernel finds the columns: (outputs, groups, inputs, stride of the inputs)."""
+    return (y.shape[0], conv_groups, y.shape[1], max(1, y.stride(1))) if conv_groups else (1, 0, 1, 1)
+
+
 def _columns(y, conv_groups):
     """Say how the kernel finds the column of an element: (stride of outputs, all, a group's, stride of inputs, all)."""
     if not conv_groups:
@@ -269,21 +301,43 @@ def _tiling(form, qmin, qmax):
     return (rows, columns, form[1], float(qmin), float(qmax)), tiles, programs
 
 
-def refuses(w, v, scale, zero, beta, qmin, qmax, axis, group, conv_groups):
+def refuses(w, *args):
     """Say why the Triton kernel cannot run, or None."""
+    if args[-1] and w.numel() >= 1 << 31:
+        return f"w has {w.numel()} elements; the kernel finds the columns of less than 2^31"
+    return _refuses_tensors(w, *args) or refuses_triton()
+
+
+def refuses_backward(grad, dpenalty, denergy, *args):
+    """Say why the Triton kernel of the gradient cannot run, or None."""
+    return _refuses_gradients(grad, dpenalty, denergy) or refuses(*args)
+
+
+def refuses_cpu(w, v, *args):
+    """Say why the native CPU kernel cannot run, or None."""
+    if w.is_neg() or v.is_neg():
+        return "w or v is a negated view of memory; the kernel takes resolve_neg() of it"
+    return _refuses_tensors(w, v, *args) or _native.reason("cpu")
+
+
+def refuses_cpu_backward(grad, dpenalty, denergy, *args):
+    """Say why the native CPU kernel of the gradient cannot run, or None."""
+    if grad.is_neg():
+        return "grad is a negated view of memory; the kernel takes grad.resolve_neg()"
+    return _refuses_gradients(grad, dpenalty, denergy) or refuses_cpu(*args)
+
+
+def _refuses_gradients(grad, dpenalty, denergy):
+    for name, tensor in (("grad", grad), ("dpenalty", dpenalty), ("denergy", denergy)):
+        if tensor.dtype != torch.float32:
+            return f"{name} is {tensor.dtype}; the kernel takes float32"
+    return None
+
+
+def _refuses_tensors(w, v, scale, zero, beta, *args):
     for name, tensor in (("w", w), ("v", v), ("scale", scale), ("beta", beta)):
         if tensor.dtype != torch.float32:
             return f"{name} is {tensor.dtype}; the kernel takes float32"
     if zero.dtype not in (torch.float32, torch.int32):
         return f"zero is {zero.dtype}; the kernel takes float32 and int32"
-    if conv_groups and w.numel() >= 1 << 31:
-        return f"w has {w.numel()} elements; the kernel finds the columns of less than 2^31"
-    return refuses_triton()
-
-
-def refuses_backward(grad, dpenalty, denergy, *args):
-    """Say why the Triton kernel of the gradient cannot run, or None."""
-    for name, tensor in (("grad", grad), ("dpenalty", dpenalty), ("denergy", denergy)):
-        if tensor.dtype != torch.float32:
-            return f"{name} is {tensor.dtype}; the kernel takes float32"
-    return refuses(*args)
+    return None

@@ -69,7 +69,7 @@ def test_energies_and_their_gradients_are_those_of_autograd(case):
 
 @pytest.mark.parametrize("case", [c for c in MEASURED if c.args[0].numel()], ids=lambda case: case.name)
 def test_measuring_changes_neither_the_weight_nor_the_penalty(case):
-    for backend in ("triton", "reference"):
+    for backend in ("triton", "cpu", "reference"):
         args = case.on(device(backend))
         y, penalty, energy = run("soft_round", backend, args)
         alone = run("soft_round", backend, (*args[:-1], 0))

@@ -5,7 +5,7 @@ learning); Nagel et al., arXiv:2004.10568 (learned rounding).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -105,6 +105,13 @@ class BlockLearner:
             targets: The float block's outputs.
             extra: Adds to the loss of each step.
         """
+        for _ in self.steps(quantised, floats, targets, extra):
+            pass
+
+    def steps(
+        self, quantised: Tensor, floats: Tensor, targets: Tensor, extra: Extra | None = None
+    ) -> Iterator[Tensor]:
+        """Run one step of `learn` after the other, and give the loss of each, ()."""
         learned = self._learned()
         if not self.layers and not learned:
             return
@@ -118,10 +125,12 @@ class BlockLearner:
             if self.schedule.drop:
                 x = torch.where(torch.rand_like(x) < self.schedule.drop, floats[picked], x)
             optimizer.zero_grad()
-            self._loss(step, x, targets[picked], picked, extra).backward()
+            loss = self._loss(step, x, targets[picked], picked, extra)
+            loss.backward()
             optimizer.step()
             scheduler.step()
             clamp_scales(learned)
+            yield loss.detach()
         for quantizer in self.activations:
             quantizer.drop = 0.0
 

@@ -70,6 +70,7 @@ SOFT_ROUND = declare(
     "soft_round(Tensor w, Tensor v, Tensor scale, Tensor zero, Tensor beta, int qmin, int qmax, int? axis, int group,"
     " int conv_groups) -> (Tensor y, Tensor penalty, Tensor energy)",
     Implementation("triton", sr.launch, gpu(sr.refuses)),
+    Implementation("cpu", sr.launch_cpu, cpu(sr.refuses_cpu)),
     Implementation("reference", sr.reference, never),
     fake=lambda w, v, *rest: (
         torch.empty_like(w),
@@ -81,6 +82,7 @@ SOFT_ROUND_BACKWARD = declare(
     "soft_round_backward(Tensor grad, Tensor dpenalty, Tensor denergy, Tensor w, Tensor v, Tensor scale, Tensor zero,"
     " Tensor beta, int qmin, int qmax, int? axis, int group, int conv_groups) -> Tensor",
     Implementation("triton", sr.launch_backward, gpu(sr.refuses_backward)),
+    Implementation("cpu", sr.launch_cpu_backward, cpu(sr.refuses_cpu_backward)),
     Implementation("reference", sr.reference_backward, never),
     fake=lambda grad, dpenalty, denergy, w, v, *_: torch.empty_like(v),
 )

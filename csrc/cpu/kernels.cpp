@@ -1,40 +1,16 @@
-// The inner loops. This file is compiled once for each instruction set, with TTAQ_LEVEL naming the table it fills;
-// nothing in it may be inline with external linkage, lest the linker keep one instruction set's copy for all.
+// The inner loops. This file and the other *kernels.cpp are compiled once for each instruction set, with TTAQ_LEVEL
+// naming it; nothing in them may be inline with external linkage, lest the linker keep one instruction set's copy for
+// all.
 #include "kernels.h"
 
-#include <math.h>
-
 #include "../ttaq_native.h"
+#include "arithmetic.h"
 #include "log2_loops.h"
 #include "number.h"
 #include "philox.h"
 
 namespace ttaq {
 namespace {
-
-// Scale or zero of a row: the same value under every index. (That of columns is a plain pointer.)
-struct Same {
-  float value;
-  explicit Same(const float* values) : value(*values) {}
-  float operator[](int64_t) const { return value; }
-};
-
-// To the nearest integer, halves to even.
-inline float nearest(float value) {
-#if defined(__x86_64__) && !defined(__SSE4_1__)
-  // No instruction: adding 2^23 leaves no bit below one.
-  const float magnitude = fabsf(value);
-  return magnitude < 0x1p23f ? copysignf((magnitude + 0x1p23f) - 0x1p23f, value) : value;
-#else
-  return rintf(value);
-#endif
-}
-
-// Comparisons that are false for a NaN hand it on.
-inline float clamp(float value, Range range) {
-  value = value < range.low ? range.low : value;
-  return value > range.high ? range.high : value;
-}
 
 template <class T, class Parameter>
 void forward(const void* x_, void* y_, Block block, const float* scale_, const float* zero_, Range range) {
@@ -72,16 +48,6 @@ template <class T>
 inline T pass(T grad, bool inside) {
   return {uint16_t(inside ? grad.bits : 0)};
 }
-
-// As many terms are added in float32 before their sum goes on in float64: as accurate as a sum by pairs, at no cost.
-constexpr int64_t TERMS = 16;
-#if defined(__AVX512F__)
-constexpr int64_t LANES = 16;
-#elif defined(__AVX2__)
-constexpr int64_t LANES = 8;
-#else
-constexpr int64_t LANES = 4;
-#endif
 
 template <class T>
 void backward_row(const void* grad_, const void* x_, void* dx_, Block block, const float* scale_, const float* zero_,
@@ -262,7 +228,7 @@ void copy(const uint8_t* from, uint8_t* to, int64_t n) { memcpy(to, from, size_t
 #define OF_KIND(loop, kind) {loop<kind, float>, loop<kind, bfloat16>, loop<kind, float16>}
 #define FOR_EACH_KIND(loop) {OF_KIND(loop, TTAQ_DROP), OF_KIND(loop, TTAQ_STEP), OF_KIND(loop, TTAQ_GAUSS)}
 
-const Kernels TTAQ_LEVEL = {
+const Kernels TTAQ_LEVEL::kernels = {
     FOR_EACH_SPAN(forward),
     {FOR_EACH_DTYPE(backward_row), FOR_EACH_DTYPE(backward_columns)},
     FOR_EACH_SPAN(codes),
@@ -274,6 +240,8 @@ const Kernels TTAQ_LEVEL = {
     {OF_KIND(log2_backward, 1), OF_KIND(log2_backward, 2)},
     {nullptr, nullptr, pack<2>, pack<3>, pack<4>, nullptr, nullptr, nullptr, copy},
     {nullptr, nullptr, unpack<2>, unpack<3>, unpack<4>, nullptr, nullptr, nullptr, copy},
+    TTAQ_LEVEL::soft_round,
+    TTAQ_LEVEL::soft_round_backward,
 };
 
 }  // namespace ttaq

@@ -1,4 +1,4 @@
-// The inner loops, compiled once for each instruction set (kernels.cpp) and picked at run time (levels.cpp).
+// The inner loops, compiled once for each instruction set (*kernels.cpp) and picked at run time (levels.cpp).
 #pragma once
 
 #include <stdint.h>
@@ -22,9 +22,17 @@ enum Span {
   COLUMNS = 1,  // to one value, one sum for each element of a line
 };
 
-constexpr int64_t SUMMED = 256;  // as many terms are added in float32, on several lanes, before the sum goes on in float64
 constexpr int64_t DRAWN = 256;  // random numbers are drawn, and elements perturbed, by as many
 
+// Weights that lie together, their learned roundings, and a scale and a zero for each.
+struct SoftWeights {
+  const float *w, *v, *scale, *zero;
+  int64_t size;
+  float beta;
+  Range range;
+};
+
+// Without a sum of squares to learn from, `energy` and `denergy` are null; else they have one value an element.
 struct Kernels {
   void (*forward[2][3])(const void* x, void* y, Block block, const float* scale, const float* zero, Range range);
   void (*backward[2][3])(const void* grad, const void* x, void* dx, Block block, const float* scale,
@@ -42,12 +50,29 @@ struct Kernels {
   double (*log2_backward[2][3])(const void* grad, const void* x, void* dx, int64_t n, float scale, int32_t qmax);
   void (*pack[9])(const uint8_t* codes, uint8_t* words, int64_t n);
   void (*unpack[9])(const uint8_t* words, uint8_t* codes, int64_t n);
+  void (*soft_round)(const SoftWeights& weights, float* y, double* penalty, float* energy);  // adds to the two
+  void (*soft_round_backward)(const float* grad, float dpenalty, const float* denergy, const SoftWeights& weights,
+                              float* dv);
 };
 
-extern const Kernels kernels_base;
+namespace base {
+extern const Kernels kernels;
+}
 #if defined(__x86_64__)
-extern const Kernels kernels_v3;
-extern const Kernels kernels_v4;
+namespace v3 {
+extern const Kernels kernels;
+}
+namespace v4 {
+extern const Kernels kernels;
+}
+#endif
+
+#if defined(TTAQ_LEVEL)
+namespace TTAQ_LEVEL {
+void soft_round(const SoftWeights& weights, float* y, double* penalty, float* energy);
+void soft_round_backward(const float* grad, float dpenalty, const float* denergy, const SoftWeights& weights,
+                         float* dv);
+}  // namespace TTAQ_LEVEL
 #endif
 
 // The loops of a level (enum ttaq_level), or null where this processor cannot run them.

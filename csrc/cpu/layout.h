@@ -24,6 +24,14 @@ constexpr int64_t LONGEST = int64_t(1) << 17;  // and none of several elements a
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Calls body(at, count, channel) for the stretches of the elements [start, start + n) that share a channel, in order.
+template <class Body>
+void for_each_channel(int64_t start, int64_t n, int64_t channels, int64_t inner, const Body& body) {
+  int64_t channel = start / inner % channels, left = inner - start % inner;
+  for (int64_t at = 0; at < n; at += left, left = inner, channel = channel + 1 == channels ? 0 : channel + 1)
+    body(at, std::min(left, n - at), channel);
+}
+
 // A block of elements within a task. scale[parameter] (or scale[parameter ..], one for each element of a line) belong
 // to it, and its sums go to part[part] (or part[part ..]).
 struct Run {

@@ -19,14 +19,14 @@ static bool has_v4() {
 
 const Kernels* kernels_of(int level) {
   static const bool v3 = has_v3(), v4 = has_v4();
-  if (level == TTAQ_V4) return v4 ? &kernels_v4 : nullptr;
-  if (level == TTAQ_V3) return v3 ? &kernels_v3 : nullptr;
-  return level == TTAQ_BASE ? &kernels_base : nullptr;
+  if (level == TTAQ_V4) return v4 ? &v4::kernels : nullptr;
+  if (level == TTAQ_V3) return v3 ? &v3::kernels : nullptr;
+  return level == TTAQ_BASE ? &base::kernels : nullptr;
 }
 
 #else
 
-const Kernels* kernels_of(int level) { return level == TTAQ_BASE ? &kernels_base : nullptr; }
+const Kernels* kernels_of(int level) { return level == TTAQ_BASE ? &base::kernels : nullptr; }
 
 #endif
 

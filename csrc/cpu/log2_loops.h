@@ -4,7 +4,7 @@
 #include <math.h>
 #include <stdint.h>
 
-#include "kernels.h"
+#include "arithmetic.h"
 #include "number.h"
 
 namespace ttaq {
@@ -66,10 +66,10 @@ static int64_t log2_codes(const void* x_, uint8_t* codes, int64_t n, float scale
 template <int ROOTS, class T>
 static double log2_backward(const void* grad_, const void* x_, void* dx_, int64_t n, float scale, int32_t qmax) {
   double total = 0;
-  for (int64_t start = 0; start < n; start += SUMMED) {
+  for (int64_t start = 0; start < n; start += TERMS * LANES) {
     const T *grad = (const T*)grad_ + start, *x = (const T*)x_ + start;
     T* dx = (T*)dx_ + start;
-    const int64_t size = n - start < SUMMED ? n - start : SUMMED;
+    const int64_t size = n - start < TERMS * LANES ? n - start : TERMS * LANES;
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < size; ++i) {

@@ -21,9 +21,9 @@ struct Spreads {
   int64_t channels, inner;
 
   void fill(int64_t start, int64_t n, float* spreads) const {
-    int64_t channel = start / inner % channels, left = inner - start % inner;
-    for (int64_t i = 0; i < n; i += left, left = inner, channel = channel + 1 == channels ? 0 : channel + 1)
-      std::fill_n(spreads + i, std::min(left, n - i), values[channel]);
+    for_each_channel(start, n, channels, inner, [&](int64_t at, int64_t count, int64_t channel) {
+      std::fill_n(spreads + at, count, values[channel]);
+    });
   }
 };
 
