@@ -109,6 +109,22 @@ TTAQ_EXPORT int ttaq_cpu_log2_fake_quant_backward(const void* grad, const void* 
                                                   float* dscale, int dtype, int qmax, int roots, int64_t n,
                                                   int threads, int level);
 
+// y = fake_quant(x * gain + shift) with one scale and one zero; gain and shift follow the canonical form.
+//   seen: null, or float32, (5, channels), overwritten: sum, sum of squares, least, greatest (which pass over NaN) and
+//   number outside the codes, of the aligned values.
+TTAQ_EXPORT int ttaq_cpu_aligned_fake_quant(const void* x, void* y, const float* gain, const float* shift,
+                                            const float* scale, const void* zero, int zero_is_int, float* seen,
+                                            int dtype, int qmin, int qmax, int64_t outer, int64_t channels,
+                                            int64_t inner, int threads, int level);
+
+// The gradients of the above. dgain, dshift: float32, channels elements each; dscale, dzero: one each; overwritten; the
+// same bits for any number of threads.
+TTAQ_EXPORT int ttaq_cpu_aligned_fake_quant_backward(const void* grad, const void* x, void* dx, const float* gain,
+                                                     const float* shift, const float* scale, const void* zero,
+                                                     int zero_is_int, float* dgain, float* dshift, float* dscale,
+                                                     float* dzero, int dtype, int qmin, int qmax, int64_t outer,
+                                                     int64_t channels, int64_t inner, int threads, int level);
+
 // codes: (rows, k) uint8, one code a byte. words: (rows, ceil(k * bits / 8)) uint8; code j of a row occupies its bits
 // j * bits .. j * bits + bits - 1, lowest bit first; the rest of a row's last byte is zero.
 TTAQ_EXPORT int ttaq_cpu_pack_codes(const uint8_t* codes, uint8_t* words, int64_t rows, int64_t k, int bits,

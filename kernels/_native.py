@@ -47,6 +47,8 @@ _SIGNATURES = {
         "ttaq_cpu_log2_fake_quant": (_P, _P, _P, _I, _I, _I, _L, _I, _I),
         "ttaq_cpu_log2_codes": (_P, _P, _P, _P, _I, _I, _I, _L, _I, _I),
         "ttaq_cpu_log2_fake_quant_backward": (_P, _P, _P, _P, _P, _I, _I, _I, _L, _I, _I),
+        "ttaq_cpu_aligned_fake_quant": (*(_P,) * 6, _I, _P, _I, _I, _I, *_FORM, _I, _I),
+        "ttaq_cpu_aligned_fake_quant_backward": (*(_P,) * 7, _I, *(_P,) * 4, _I, _I, _I, *_FORM, _I, _I),
         "ttaq_cpu_pack_codes": (_P, _P, _L, _L, _I, _I, _I),
         "ttaq_cpu_unpack_codes": (_P, _P, _L, _L, _I, _I, _I),
     },
@@ -302,6 +304,47 @@ def _log2(what, x, *rest, level):
     call = getattr(library("cpu"), f"ttaq_cpu_log2_{what}")
     pointers = (t.data_ptr() for t in (x, *tensors))
     _check(call(*pointers, DTYPES[x.dtype], qmax, roots, x.numel(), _threads(), _level(level)))
+
+
+def aligned_fake_quant(
+    x: Tensor, y: Tensor, gain: Tensor, shift: Tensor, scale: Tensor, zero: Tensor, seen: Tensor, qmin: int, qmax: int,
+    outer: int, channels: int, inner: int, level: str | None = None,
+) -> None:  # fmt: skip
+    """Write ``fake_quant(x * gain + shift)`` to `y`, and what is seen of the aligned values to `seen`.
+
+    Args:
+        x: As for `fake_quant`, and so y.
+        gain: (channels,), float32, and so shift.
+        scale: One element, float32; zero: one element, float32 or int32.
+        seen: (5, channels), float32; overwritten. Or empty.
+    """
+    _check(
+        library("cpu").ttaq_cpu_aligned_fake_quant(
+            *(t.data_ptr() for t in (x, y, gain, shift, scale, zero)), zero.dtype == torch.int32,
+            seen.data_ptr() if seen.numel() else None, DTYPES[x.dtype], qmin, qmax, outer, channels, inner,
+            _threads(), _level(level),
+        )
+    )  # fmt: skip
+
+
+def aligned_fake_quant_backward(
+    grad: Tensor, x: Tensor, dx: Tensor, gain: Tensor, shift: Tensor, scale: Tensor, zero: Tensor, dgain: Tensor,
+    dshift: Tensor, dscale: Tensor, dzero: Tensor, qmin: int, qmax: int, outer: int, channels: int, inner: int,
+    level: str | None = None,
+) -> None:  # fmt: skip
+    """Write the gradients of `aligned_fake_quant`; the same bits for any number of threads.
+
+    Args:
+        grad: Elements, order and dtype of `x`, and so dx.
+        dgain: (channels,), float32, and so dshift; dscale and dzero: one element, float32. All are overwritten.
+    """
+    _check(
+        library("cpu").ttaq_cpu_aligned_fake_quant_backward(
+            *(t.data_ptr() for t in (grad, x, dx, gain, shift, scale, zero)), zero.dtype == torch.int32,
+            *(t.data_ptr() for t in (dgain, dshift, dscale, dzero)), DTYPES[x.dtype], qmin, qmax, outer, channels,
+            inner, _threads(), _level(level),
+        )
+    )  # fmt: skip
 
 
 def pack_codes(codes: Tensor, words: Tensor, bits: int, level: str | None = None) -> None:

@@ -153,17 +153,24 @@ def locate(R, W, TALL: tl.constexpr, WIDE: tl.constexpr):
 
 
 @jit
+def load_pair(
+    first_ptr, second_ptr, row, column, C, W, BY_ROW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Load two values a channel for a tile: as columns, where each row has them, or as rows, where each column has."""
+    if BY_ROW:
+        channel = ((row % C).to(tl.int32) + tl.arange(0, ROWS)) % C
+        return tl.load(first_ptr + channel)[:, None], tl.load(second_ptr + channel)[:, None]
+    channel = column + tl.arange(0, COLUMNS)
+    first = tl.load(first_ptr + channel, mask=channel < W, other=1.0)[None, :]
+    return first, tl.load(second_ptr + channel, mask=channel < W, other=0)[None, :]
+
+
+@jit
 def load_scales(
     scale_ptr, zero_ptr, row, column, C, W, BY_ROW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """Load (scale, round(zero)) of a tile as a column, where each row has one, or as a row, where each column has."""
-    if BY_ROW:
-        channel = ((row % C).to(tl.int32) + tl.arange(0, ROWS)) % C
-        scale, zero = tl.load(scale_ptr + channel)[:, None], tl.load(zero_ptr + channel)[:, None]
-    else:
-        channel = column + tl.arange(0, COLUMNS)
-        scale = tl.load(scale_ptr + channel, mask=channel < W, other=1.0)[None, :]
-        zero = tl.load(zero_ptr + channel, mask=channel < W, other=0)[None, :]
+    """Load (scale, round(zero)) of a tile, as `load_pair` does."""
+    scale, zero = load_pair(scale_ptr, zero_ptr, row, column, C, W, BY_ROW, ROWS, COLUMNS)
     return scale, round_half_even(zero.to(tl.float32))
 
 

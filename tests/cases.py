@@ -17,6 +17,7 @@ from packed_cases import (
     packed_linear,
     packed_linear_backward,
 )
+from prologue_cases import prologue, prologue_backward
 from ttaq.kernels import codes as cd
 from ttaq.kernels import perturb as pt
 
@@ -139,6 +140,14 @@ def perturbed_fake_quant_backward() -> Samples:
             yield f"{name}-grad_in_another_layout", (grad.mT.contiguous().mT, x, *rest)
 
 
+def prologue_fake_quant() -> Samples:
+    return prologue(_layouts, _not_finite)
+
+
+def prologue_fake_quant_backward() -> Samples:
+    return prologue_backward(prologue_fake_quant())
+
+
 def log2_fake_quant() -> Samples:
     random = torch.Generator().manual_seed(18)
     for (name, dtype), roots in product(FLOATS.items(), (1, 2)):
@@ -239,6 +248,8 @@ SAMPLES: dict[str, Callable[[], Samples]] = {
     "fake_quant_backward": fake_quant_backward,
     "perturbed_fake_quant": perturbed_fake_quant,
     "perturbed_fake_quant_backward": perturbed_fake_quant_backward,
+    "prologue_fake_quant": prologue_fake_quant,
+    "prologue_fake_quant_backward": prologue_fake_quant_backward,
     "log2_fake_quant": log2_fake_quant,
     "log2_fake_quant_backward": log2_fake_quant_backward,
     "log2_codes": log2_fake_quant,

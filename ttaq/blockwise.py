@@ -108,9 +108,7 @@ class BlockLearner:
         for _ in self.steps(quantised, floats, targets, extra):
             pass
 
-    def steps(
-        self, quantised: Tensor, floats: Tensor, targets: Tensor, extra: Extra | None = None
-    ) -> Iterator[Tensor]:
+    def steps(self, quantised: Tensor, floats: Tensor, targets: Tensor, extra: Extra | None = None) -> Iterator[Tensor]:
         """Run one step of `learn` after the other, and give the loss of each, ()."""
         learned = self._learned()
         if not self.layers and not learned:

@@ -5,6 +5,7 @@ import torch
 from .kernels import codes as cd
 from .kernels import log2 as lg
 from .kernels import perturb as pt
+from .kernels import prologue as pg
 
 
 def learns(*tensors):
@@ -61,6 +62,34 @@ def check_perturbation(op, x, scale, zero, kind, spread, seed, axis):
             f"{op}: spread wants shape {wanted} for axis={axis}, got {tuple(spread.shape)}; reshape it or change axis"
         )
     return None if axis is None else axis % x.ndim
+
+
+def check_prologue(op, x, residual, gain, shift, scale, zero, before, axis):
+    """Raise one sentence when what stands before the quantiser does not fit; return the axis, at least 0, or None."""
+    check_scales(op, x, scale, zero, None, 0)
+    if before not in pg.KINDS:
+        raise ValueError(f"{op}: before must be one of {', '.join(pg.KINDS)}, got {before!r}; use one of these")
+    if axis is not None and not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"{op}: axis must lie in the {x.ndim} axes of x, got {axis}; use -1 for tokens, 1 for images")
+    axis = None if axis is None else axis % x.ndim
+    if before == "layer_norm" and axis != x.ndim - 1:
+        raise ValueError(f"{op}: a LayerNorm is over the last axis, got axis={axis}; use axis=-1")
+    if residual is not None and (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
+        raise ValueError(
+            f"{op}: residual wants the shape, dtype and device of x, {tuple(x.shape)} {x.dtype} on {x.device}, "
+            f"got {tuple(residual.shape)} {residual.dtype} on {residual.device}; convert it"
+        )
+    if (gain is None) != (shift is None):
+        raise ValueError(f"{op}: gain and shift go together, got one of them; use ones or zeros for the other")
+    wanted = (1 if axis is None else x.shape[axis],)
+    for name, values in (("gain", gain), ("shift", shift)):
+        if values is not None:
+            check_devices(op, x, values)
+            if values.shape != wanted:
+                raise ValueError(
+                    f"{op}: {name} wants shape {wanted} for axis={axis}, got {tuple(values.shape)}; pass one a channel"
+                )
+    return axis
 
 
 def check_log2(op, x, scale, qmax, roots):

@@ -9,11 +9,13 @@ from .kernels import log2 as lg
 from .kernels import packed_conv2d as pc
 from .kernels import packed_linear as pl
 from .kernels import perturb as pt
+from .kernels import prologue as pg
 from .kernels import soft_round as sr
 
 RAW = torch.ops.ttaq
 _SCALES = "Tensor scale, Tensor zero, int qmin, int qmax, int? axis, int group"
 _PERTURBED = "Tensor scale, Tensor zero, Tensor spread, Tensor seed, int qmin, int qmax, int? axis, str kind"
+_PROLOGUE = "Tensor? gain, Tensor? shift, Tensor scale, Tensor zero, str before, float eps"
 _CONV = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups"
 
 
@@ -44,6 +46,22 @@ PERTURBED_FAKE_QUANT_BACKWARD = declare(
     Implementation("cpu", pt.launch_cpu_backward, cpu(pt.refuses_cpu_backward)),
     Implementation("reference", pt.reference_backward, never),
     fake=lambda grad, x, scale, *_: (torch.empty_like(x), torch.empty_like(scale), torch.empty_like(scale)),
+)
+PROLOGUE_FAKE_QUANT = declare(
+    f"prologue_fake_quant(Tensor x, Tensor? residual, {_PROLOGUE}, bool observe, int qmin, int qmax, int? axis)"
+    " -> (Tensor y, Tensor u, Tensor seen)",
+    Implementation("triton", pg.launch, gpu(pg.refuses)),
+    Implementation("cpu", pg.launch_cpu, cpu(pg.refuses_cpu)),
+    Implementation("reference", pg.reference, never),
+    fake=pg.fake,
+)
+PROLOGUE_FAKE_QUANT_BACKWARD = declare(
+    f"prologue_fake_quant_backward(Tensor grad, Tensor? du, Tensor u, {_PROLOGUE}, int qmin, int qmax, int? axis)"
+    " -> (Tensor dx, Tensor dgain, Tensor dshift, Tensor dscale, Tensor dzero)",
+    Implementation("triton", pg.launch_backward, gpu(pg.refuses_backward)),
+    Implementation("cpu", pg.launch_cpu_backward, cpu(pg.refuses_cpu_backward)),
+    Implementation("reference", pg.reference_backward, never),
+    fake=pg.fake_backward,
 )
 LOG2_FAKE_QUANT = declare(
     "log2_fake_quant(Tensor x, Tensor scale, int qmax, int roots) -> Tensor",

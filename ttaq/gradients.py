@@ -33,6 +33,26 @@ class PerturbedFakeQuant(torch.autograd.Function):
         return *_needed(ctx.needs_input_grad[:3], gradients), *(None,) * 6
 
 
+class PrologueFakeQuant(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, gain, shift, scale, zero, before, eps, observe, *grid):
+        ctx.set_materialize_grads(False)
+        y, u, seen = RAW.prologue_fake_quant(x, residual, gain, shift, scale, zero, before, eps, observe, *grid)
+        ctx.save_for_backward(x if residual is None else u, gain, shift, scale, zero)
+        ctx.grid = (before, eps, *grid)
+        ctx.mark_non_differentiable(*((seen,) if residual is not None else (u, seen)))
+        return y, u, seen
+
+    @staticmethod
+    def backward(ctx, grad, du, _):
+        u, gain, shift, scale, zero = ctx.saved_tensors
+        grad = torch.zeros_like(u) if grad is None else grad
+        dx, dgain, dshift, dscale, dzero = RAW.prologue_fake_quant_backward(
+            grad, du, u, gain, shift, scale, zero, *ctx.grid
+        )
+        return *_needed(ctx.needs_input_grad[:6], (dx, dx, dgain, dshift, dscale, dzero)), *(None,) * 6
+
+
 class Log2FakeQuant(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, *grid):

@@ -14,6 +14,7 @@ from .checks import (
     check_operands,
     check_packable,
     check_perturbation,
+    check_prologue,
     check_rows,
     check_scales,
     learns,
@@ -25,6 +26,7 @@ from .gradients import (
     PackedConv2d,
     PackedLinear,
     PerturbedFakeQuant,
+    PrologueFakeQuant,
     QuantizedMatmul,
     SoftRound,
 )
@@ -104,6 +106,56 @@ def perturbed_fake_quant(
     if learns(x, scale, zero):
         return PerturbedFakeQuant.apply(x, scale, zero, spread, seed, qmin, qmax, axis, kind)
     return RAW.perturbed_fake_quant(x, scale, zero, spread, seed, qmin, qmax, axis, kind)
+
+
+def prologue_fake_quant(
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    *,
+    qmin: int,
+    qmax: int,
+    axis: int | None = -1,
+    before: str = "none",
+    residual: Tensor | None = None,
+    gain: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-6,
+    observe: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fake-quantise an activation and do what stands before it, all in one pass over memory.
+
+    ``u = x + residual``; ``n = u``, ``gelu(u)`` or ``layer_norm(u)``; ``v = n gain + shift``; ``y = fake_quant(v)``.
+    What is left out changes nothing. Everything that is a float learns. Source: Hendrycks and Gimpel, arXiv:1606.08415
+    (GELU); Ba et al., arXiv:1607.06450 (LayerNorm); Esser et al., arXiv:1902.08153 (quantiser).
+
+    Args:
+        x: Any shape, float16, bfloat16 or float32; any layout.
+        scale: (), float32, positive.
+        zero: (), float32 (learns outside the range) or int32 (does not).
+        qmin: Lowest code.
+        qmax: Highest code.
+        axis: The axis of the channels: -1 for tokens, 1 for images, None for a single one.
+        before: "none", "gelu" or "layer_norm" (over the last axis).
+        residual: Shape and dtype of `x`.
+        gain: (channels,), float: aligns the channels, or is the weight of the LayerNorm. With `shift`, or neither.
+        shift: (channels,), float.
+        eps: Of the LayerNorm.
+        observe: Whether to fill `seen`.
+
+    Returns:
+        (y, u, seen): like `x`; like `x`, or empty without a residual; (5, channels), float32, without a gradient: sum,
+        sum of squares, least and greatest of v, and how many v lie outside the codes, or empty.
+
+    Raises:
+        ValueError: An argument does not fit.
+    """
+    axis = check_prologue("prologue_fake_quant", x, residual, gain, shift, scale, zero, before, axis)
+    gain, shift = (None if values is None else values.float() for values in (gain, shift))
+    args = (x, residual, gain, shift, scale, zero, before, eps, observe, qmin, qmax, axis)
+    if learns(*(t for t in args[:6] if t is not None)):
+        return PrologueFakeQuant.apply(*args)
+    return RAW.prologue_fake_quant(*args)
 
 
 def log2_fake_quant(x: Tensor, scale: Tensor, *, qmax: int, roots: int = 1) -> Tensor:

@@ -242,6 +242,7 @@ const Kernels TTAQ_LEVEL::kernels = {
     {nullptr, nullptr, unpack<2>, unpack<3>, unpack<4>, nullptr, nullptr, nullptr, copy},
     TTAQ_LEVEL::soft_round,
     TTAQ_LEVEL::soft_round_backward,
+    &TTAQ_LEVEL::aligned,
 };
 
 }  // namespace ttaq

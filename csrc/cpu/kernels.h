@@ -32,6 +32,32 @@ struct SoftWeights {
   Range range;
 };
 
+// One scale and one rounded zero.
+struct Grid {
+  float scale, zero;
+  Range range;
+};
+
+// Where what is seen of the values goes, by channel or by element of a line. All are added to, or compared with.
+struct Seen {
+  double *sum, *squares, *clipped;
+  float *least, *greatest;
+};
+
+// Where the gradients of the alignment and of the grid go, alike; added to.
+struct AlignedSums {
+  double *dgain, *dshift, *dscale, *dzero;
+};
+
+// Indexed by Span and enum ttaq_dtype; gain and shift follow the span as a scale and a zero do.
+struct Aligned {
+  void (*forward[2][3])(const void* x, void* y, Block block, const float* gain, const float* shift, Grid grid);
+  void (*observed[2][3])(const void* x, void* y, Block block, const float* gain, const float* shift, Grid grid,
+                         const Seen& seen);
+  void (*backward[2][3])(const void* grad, const void* x, void* dx, Block block, const float* gain,
+                         const float* shift, Grid grid, const AlignedSums& sums);
+};
+
 // Without a sum of squares to learn from, `energy` and `denergy` are null; else they have one value an element.
 struct Kernels {
   void (*forward[2][3])(const void* x, void* y, Block block, const float* scale, const float* zero, Range range);
@@ -53,6 +79,7 @@ struct Kernels {
   void (*soft_round)(const SoftWeights& weights, float* y, double* penalty, float* energy);  // adds to the two
   void (*soft_round_backward)(const float* grad, float dpenalty, const float* denergy, const SoftWeights& weights,
                               float* dv);
+  const Aligned* aligned;
 };
 
 namespace base {
@@ -72,6 +99,7 @@ namespace TTAQ_LEVEL {
 void soft_round(const SoftWeights& weights, float* y, double* penalty, float* energy);
 void soft_round_backward(const float* grad, float dpenalty, const float* denergy, const SoftWeights& weights,
                          float* dv);
+extern const Aligned aligned;
 }  // namespace TTAQ_LEVEL
 #endif
 

@@ -81,17 +81,22 @@ class Cut {
   // How many partial sums all runs have, and their sums by channel, added in the order of memory.
   int64_t parts() const { return columns_ ? down() * period_ : rows_ * pieces(); }
   void fold(const std::vector<double>& part, float* total) const {
+    fold(part, 0.0, [](double a, double b) { return a + b; }, total);
+  }
+
+  // The same for any way of putting two values together.
+  template <class Value, class Combine>
+  void fold(const std::vector<Value>& part, Value start, const Combine& combine, float* total) const {
     const int64_t repeats = columns_ ? 1 : pieces();
-    std::vector<double> sum(size_t(parameters()), 0.0);
-    for (const double* next = part.data(); next < part.data() + parts();)
-      for (double& one : sum)
-        for (int64_t piece = 0; piece < repeats; ++piece) one += *next++;
-    if (columns_) {
-      std::vector<double> by_channel(size_t(channels_), 0.0);
-      for (int64_t i = 0; i < period_; ++i) by_channel[size_t(channel(i))] += sum[size_t(i)];
-      sum = std::move(by_channel);
+    std::vector<Value> all(size_t(parameters()), start), by_channel(size_t(channels_), start);
+    for (const Value* next = part.data(); next < part.data() + parts();)
+      for (Value& one : all)
+        for (int64_t piece = 0; piece < repeats; ++piece) one = combine(one, *next++);
+    for (int64_t i = 0; i < parameters(); ++i) {
+      Value& one = by_channel[size_t(channel(i))];
+      one = combine(one, all[size_t(i)]);
     }
-    std::copy(sum.begin(), sum.end(), total);
+    std::copy(by_channel.begin(), by_channel.end(), total);
   }
 
  private:
