@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -24,6 +24,7 @@ from ttaq.kernels import log2 as lg
 from ttaq.kernels import packed_conv2d as pc
 from ttaq.kernels import packed_linear as pl
 from ttaq.kernels import perturb as pt
+from ttaq.kernels import prologue as pg
 from ttaq.kernels import soft_round as sr
 
 ARCHITECTURES = (80, 90)
@@ -108,6 +109,27 @@ def _perturb_variants() -> Iterator[Variant]:
         for kernel in ("_perturb_kernel", "_perturb_backward_kernel"):
             name = f"{dtype}, {kind}" + (", per channel" if bits else "")
             yield Variant("perturb", kernel, name, args, wide=dtype == "fp32")
+
+
+def _prologue_variants() -> Iterator[Variant]:
+    names = ("gain_ptr", "shift_ptr", "scale_ptr", "zero_ptr", "seen_ptr", "dgrid_ptr", "dalign_ptr")
+    sizes = {**dict.fromkeys(names, "*fp32"), "parts": "i32", "eps": "fp32", "STEPS": 2}
+    everything = {"ADD": True, "ALIGN": True, "OBSERVE": True}
+    wanted = [("none", layout, everything) for layout in ("per row", "per column")]
+    wanted += [("gelu", "per column", dict.fromkeys(everything, False)), ("gelu", "per column", everything)]
+    wanted += [(f"layer_norm over {n}", "per column", everything) for n in (768, 1024, 1536, 4096)]
+    for dtype, (before, layout, flags) in product(("fp32", "bf16"), wanted):
+        kind, _, width = before.partition(" over ")
+        block = max(1024, 1 << (int(width or 1) - 1).bit_length())
+        shape = {**_LAYOUTS[layout], "BLOCK_R": 1 if width else 2, "BLOCK_W": block if width else 512}
+        pointers = dict.fromkeys(
+            ("x_ptr", "residual_ptr", "y_ptr", "u_ptr", "grad_ptr", "du_ptr", "dx_ptr"), f"*{dtype}"
+        )
+        rest = {**sizes, **shape, **flags, "BEFORE": pg.KINDS.index(kind)}
+        name = f"{dtype}, {before}, {layout}" + (", all" if flags["ADD"] else "")
+        for kernel in ("_prologue_kernel", "_prologue_backward_kernel"):
+            tiled = _tiled("prologue", kernel, name, pointers, **rest)
+            yield replace(tiled, warps=pg._warps(shape["BLOCK_R"] * shape["BLOCK_W"], _TORCH[dtype]))
 
 
 def _log2_variants() -> Iterator[Variant]:
@@ -209,6 +231,7 @@ def _packed_conv2d_variants() -> Iterator[Variant]:
 VARIANTS: list[Variant] = [
     *_fake_quant_variants(),
     *_perturb_variants(),
+    *_prologue_variants(),
     *_log2_variants(),
     *_soft_round_variants(),
     *_codes_variants(),

@@ -17,7 +17,7 @@ from ttaq.kernels._tiles import expand, reduce
 from ttaq import ops
 from ttaq.declarations import RAW
 
-from . import log2, packed, perturb, rivals
+from . import log2, packed, perturb, prologue, rivals
 from .case import BINDERS, DTYPES, PASSES, Case, Inputs, copy_bytes, drawn, forward
 
 
@@ -265,6 +265,7 @@ def _size(count):
 CASES: dict[str, Callable[[str], Iterator[Case]]] = {
     "fake_quant": _fake_quant,
     "perturb": perturb.cases,
+    "prologue": prologue.cases,
     "log2": log2.cases,
     "soft_round": _soft_round,
     "codes": _codes,

@@ -53,6 +53,32 @@ def perturbed(
     return torch.where(torch.rand_like(x) < spread, x, y) if kind == "drop" else y
 
 
+def prologue(
+    x: Tensor, residual, gain, shift, scale: Tensor, zero: Tensor, *, qmin, qmax, axis, before, eps, observe,
+    quantise: Callable = lsq,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Compose the residual, GELU or LayerNorm, alignment, quantiser and what is seen of torch ops."""
+    u = x if residual is None else x + residual
+    if before == "layer_norm":
+        weights = (None if t is None else t.to(u.dtype) for t in (gain, shift))
+        v = torch.nn.functional.layer_norm(u, u.shape[-1:], *weights, eps)
+    else:
+        v = torch.nn.functional.gelu(u) if before == "gelu" else u
+        if gain is not None:
+            along = [-1 if d == axis else 1 for d in range(x.ndim)]
+            v = v * gain.reshape(along) + shift.reshape(along)
+    grid = {"qmin": qmin, "qmax": qmax, "axis": None, "group": 0}
+    outputs = (quantise(v, scale, zero, **grid), *(() if residual is None else (u,)))
+    return (*outputs, _seen(v.float(), scale, zero, qmin, qmax, axis)) if observe else outputs
+
+
+def _seen(v, scale, zero, qmin, qmax, axis):
+    others = [d for d in range(v.ndim) if d != axis]
+    code = torch.round(v / scale) + zero
+    clipped = ((code < qmin) | (code > qmax)).sum(others)
+    return torch.stack([v.sum(others), v.square().sum(others), v.amin(others), v.amax(others), clipped])
+
+
 def log2(x: Tensor, scale: Tensor, *, qmax: int, roots: int) -> Tensor:
     """Compose the logarithmic grid of torch ops, the rounding straight through."""
     raw = -roots * torch.log2(x.float() / scale)

@@ -159,10 +159,12 @@ def load_pair(
     """Load two values a channel for a tile: as columns, where each row has them, or as rows, where each column has."""
     if BY_ROW:
         channel = ((row % C).to(tl.int32) + tl.arange(0, ROWS)) % C
-        return tl.load(first_ptr + channel)[:, None], tl.load(second_ptr + channel)[:, None]
-    channel = column + tl.arange(0, COLUMNS)
-    first = tl.load(first_ptr + channel, mask=channel < W, other=1.0)[None, :]
-    return first, tl.load(second_ptr + channel, mask=channel < W, other=0)[None, :]
+        first, second = tl.load(first_ptr + channel)[:, None], tl.load(second_ptr + channel)[:, None]
+    else:
+        channel = column + tl.arange(0, COLUMNS)
+        first = tl.load(first_ptr + channel, mask=channel < W, other=1.0)[None, :]
+        second = tl.load(second_ptr + channel, mask=channel < W, other=0)[None, :]
+    return first, second
 
 
 @jit

@@ -34,7 +34,7 @@ from ._triton import refuses as refuses_triton
 
 KINDS = ("none", "gelu", "layer_norm")
 SEEN = ("sum", "square_sum", "min", "max", "clipped")
-TILE, LONGEST = 1024, 8192  # elements of a tile, 8 a thread; of a row that a LayerNorm keeps in registers
+TILE, LONGEST = 1024, 8192  # elements of a tile; of a row that a LayerNorm keeps in registers
 ENOUGH_PROGRAMS, MOST_STEPS = 2048, 64
 
 
@@ -89,7 +89,7 @@ def _through(dn, u, n, before, eps, du):
         centred = wide - wide.mean(-1, keepdim=True)
         rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
         dn = rstd * (dn - dn.mean(-1, keepdim=True) - n * (dn * n).mean(-1, keepdim=True))
-    return dn if du is None else dn + du
+    return dn if du is None else dn.add_(du)
 
 
 def _seen(v, inside, axis):
@@ -296,7 +296,12 @@ def _tiling(y, before, eps, qmin, qmax, axis):
         "BLOCK_R": block_r,
         "BLOCK_W": block_w,
     }
-    return sizes, shape, strips[0] * strips[1], constants, min(16, max(4, block_r * block_w // 256))
+    return sizes, shape, strips[0] * strips[1], constants, _warps(block_r * block_w, y.dtype)
+
+
+def _warps(elements, dtype):
+    """Choose the warps of a tile so that a thread has 16 bytes, and spills no registers."""
+    return min(16, max(4, elements // (128 if dtype == torch.float32 else 256)))
 
 
 def _pair(gain, shift, scale):
@@ -314,28 +319,31 @@ def launch_cpu(x, residual, gain, shift, scale, zero, before, eps, observe, qmin
     u = x if residual is None else torch.add(x, residual, out=torch.empty_like(x))
     n = u if before == "none" else _normal(u, before, eps)
     y = torch.empty_like(x, dtype=n.dtype)
-    form = canonical(y, axis, 0)
+    form, n = canonical(y, axis, 0), in_order_of(n, y)
     seen = torch.empty(len(SEEN), form[1]) if observe else _nothing(x)
-    _native.aligned_fake_quant(in_order_of(n, y), y, *_filled(gain, shift, form), scale, zero, seen, qmin, qmax, *form)
+    if gain is None and not observe:
+        _native.fake_quant(n, y, scale, zero, qmin, qmax, 1, 1, y.numel())
+    else:
+        _native.aligned_fake_quant(n, y, *_filled(gain, shift, form), scale, zero, seen, qmin, qmax, *form)
     return y.to(x.dtype), u if residual is not None else x.new_empty(0), seen
 
 
 def launch_cpu_backward(grad, du, u, gain, shift, scale, zero, before, eps, qmin, qmax, axis):
     """Run the native kernel of the gradients up to n, then torch's own; the bits depend on no number of threads."""
-    n = u if before == "none" and du is None else _normal(u, before, eps)
-    dn = torch.empty_like(u, dtype=n.dtype)
-    form = canonical(dn, axis, 0)
-    dgain, dshift = torch.empty(form[1]), torch.empty(form[1])
-    dscale, dzero = torch.empty_like(scale), torch.empty_like(scale)
-    entering = (in_order_of(grad.to(n.dtype), dn), in_order_of(n, dn))
-    sums = (dgain, dshift, dscale, dzero)
-    _native.aligned_fake_quant_backward(
-        *entering, dn, *_filled(gain, shift, form), scale, zero, *sums, qmin, qmax, *form
-    )
-    aligned = (_nothing(u), _nothing(u)) if gain is None else (dgain.reshape(gain.shape), dshift.reshape(gain.shape))
-    if before == "none" and du is None:
-        return dn, *aligned, dscale, dzero
-    return torch.empty_like(u).copy_(_through(dn, u, n, before, eps, du)), *aligned, dscale, dzero
+    n = u if before == "none" and (du is None or u.dtype == torch.float32) else _normal(u, before, eps)
+    dn, dscale, dzero = torch.empty_like(u, dtype=n.dtype), torch.empty_like(scale), torch.empty_like(scale)
+    entering, form = (in_order_of(grad.to(n.dtype), dn), in_order_of(n, dn)), canonical(dn, axis, 0)
+    if gain is None:
+        dgain = dshift = None
+        _native.fake_quant_backward(*entering, dn, scale, zero, dscale, dzero, qmin, qmax, 1, 1, dn.numel())
+    else:
+        dgain, dshift = torch.empty_like(gain), torch.empty_like(shift)
+        sums = (dgain, dshift, dscale, dzero)
+        pair = (gain.contiguous(), shift.contiguous())
+        _native.aligned_fake_quant_backward(*entering, dn, *pair, scale, zero, *sums, qmin, qmax, *form)
+    dx = _through(dn, u, n, before, eps, du)
+    dx = dx if (dx.dtype, dx.stride()) == (u.dtype, dn.stride()) else torch.empty_like(u).copy_(dx)
+    return dx, *(_nothing(u) if gain is None else t for t in (dgain, dshift)), dscale, dzero
 
 
 def _filled(gain, shift, form):
