@@ -37,7 +37,8 @@ class Variant:
     `args` maps each parameter of the kernel to its type ("*fp32", "i32", "i32:16" where it is a multiple of 16) or, for
     what is constant, to its value; pointers are 16-byte aligned. `exact`: its codes must not depend on a fused
     multiply-add or an approximate division. `wide`: it must load 16 bytes at a time. `tensor_core`: the instructions
-    one of which it must use, by architecture. `registers`: the ceiling that the launch names.
+    one of which it must use, by architecture. `registers`: the ceiling that the launch names. `bytes`: those that an
+    element moves, for kernels that memory should bound; 0 for the others.
     """
 
     module: str
@@ -50,11 +51,24 @@ class Variant:
     wide: bool = True
     tensor_core: dict = field(default_factory=dict)
     registers: int | None = None
+    bytes: int = 0
+
+    @property
+    def elements(self) -> int:
+        """How many elements a thread takes at a time."""
+        tile = self.args.get("BLOCK") or self.args.get("BLOCK_R", 1) * self.args.get("BLOCK_W", 0)
+        if "CALLS" in self.args:
+            tile = self.args["CALLS"] * (4 if self.args["KIND"] == pt.KINDS.index("gauss") else 8)
+        return tile // (32 * self.warps)
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one variant became on one architecture; instructions are those of one thread."""
+    """What one variant became on one architecture; instructions are those of one thread.
+
+    `per_element`: of the shortest way through the loop, or without one through the kernel, which takes no slow path of
+    a division; None where nothing says how many elements that is.
+    """
 
     kernel: str
     variant: str
@@ -66,6 +80,7 @@ class Row:
     wide_loads: int
     wide_stores: int
     instructions: int
+    per_element: float | None
     fused: int
     exact_divisions: int
     approximate_divisions: int
@@ -270,11 +285,49 @@ def _row(variant, arch):
         wide_loads=count(r"(LDG|LDGSTS|UBLKCP|UTMALDG).*(128|TMA|CP)"),
         wide_stores=count(r"(STG|UTMASTG).*(128|TMA)"),
         instructions=len(opcodes),
+        per_element=shortest_way(sass) / variant.elements if variant.elements else None,
         fused=len(re.findall(r"\bfma\.rn\.(?!ftz)", ptx)),  # the ftz ones are those of exp and log
         exact_divisions=len(re.findall(r"\bdiv\.rn\.", ptx)),
         approximate_divisions=len(re.findall(r"\bdiv\.(full|approx)\.", ptx)),
         tensor_core=tuple(sorted({o.split(".")[0] for o in opcodes if re.match(r"(HMMA|IMMA|HGMMA|IGMMA|QGMMA)", o)})),
     )
+
+
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);", flags=re.MULTILINE)
+
+
+def shortest_way(sass: str) -> int:
+    """Count the instructions of the shortest way once through the longest loop of a kernel, or through all of it.
+
+    Args:
+        sass: Of cuobjdump.
+    """
+    found = _INSTRUCTION.findall(sass)  # a branch is guarded by a predicate before it or among its operands
+    code = {int(at, 16): (bool(guard) or "," in rest, name, rest) for at, guard, name, rest in found}
+    order = sorted(code)
+    following = dict(zip(order, [*order[1:], None], strict=True))
+    ways = {}
+    for at, (guarded, name, rest) in code.items():
+        what = name.split(".")[0]
+        goes_on = guarded or what not in ("BRA", "EXIT", "RET")
+        ways[at] = [following[at]] if goes_on and following[at] is not None else []
+        if what == "BRA" or (what == "CALL" and guarded):  # a guarded call leaves for good; others come back
+            ways[at].append(int(re.findall(r"0x([0-9a-f]+)", rest)[-1], 16))
+    reachable = _distances(ways, order[0])
+    bodies = [_distances(ways, way)[at] for at in reachable for way in ways[at] if way <= at]
+    ends = {at for at, (_, name, _) in code.items() if name == "EXIT"}
+    return max(bodies, default=0) or min(reachable[end] for end in ends if end in reachable)
+
+
+def _distances(ways, start):
+    """Count the instructions from `start` to each instruction, both included."""
+    found, edge = {start: 1}, [start]
+    while edge:
+        edge = [
+            n for at in edge for n in ways[at] if found.setdefault(n, found[at] + 1) == found[at] + 1 and n != start
+        ]
+        edge = list(dict.fromkeys(edge))
+    return found
 
 
 def _compile(variant, arch):
@@ -312,13 +365,14 @@ def _disassemble(cubin):
 def table(rows: list[Row]) -> str:
     """Lay the rows out as a Markdown table."""
     lines = [
-        "| kernel | variant | arch | registers | spills | shared | 128-bit loads | stores | SASS | tensor core |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| kernel | variant | arch | registers | spills | shared | wide loads | stores | SASS | each | tensor core |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         lines.append(
             f"| {r.kernel} | {r.variant} | sm_{r.arch} | {r.registers} | {r.spills} | {r.shared} | {r.wide_loads} |"
-            f" {r.wide_stores} | {r.instructions} | {', '.join(r.tensor_core) or '-'} |"
+            f" {r.wide_stores} | {r.instructions} | {f'{r.per_element:.1f}' if r.per_element else '-'} |"
+            f" {', '.join(r.tensor_core) or '-'} |"
         )
     return "\n".join(lines)
 
