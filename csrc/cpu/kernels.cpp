@@ -7,6 +7,7 @@
 #include "../ttaq_native.h"
 #include "number.h"
 #include "philox.h"
+#include "rows.h"
 
 namespace ttaq {
 namespace {
@@ -270,6 +271,8 @@ const Kernels TTAQ_LEVEL = {
     FOR_EACH_KIND(perturb_backward),
     {nullptr, nullptr, pack<2>, pack<3>, pack<4>, nullptr, nullptr, nullptr, copy},
     {nullptr, nullptr, unpack<2>, unpack<3>, unpack<4>, nullptr, nullptr, nullptr, copy},
+    FOR_EACH_DTYPE(extremes),
+    total,
 };
 
 }  // namespace ttaq

@@ -38,6 +38,8 @@ struct Kernels {
                                  double* dzero);  // adds to the two
   void (*pack[9])(const uint8_t* codes, uint8_t* words, int64_t n);
   void (*unpack[9])(const uint8_t* words, uint8_t* codes, int64_t n);
+  Range (*extremes[3])(const void* x, int64_t n);  // with 0.0 among them; NaN where there is one
+  int32_t (*total)(const uint8_t* codes, int64_t n);
 };
 
 extern const Kernels kernels_base;
