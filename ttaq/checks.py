@@ -128,12 +128,14 @@ def check_words(op, x, words, scale, bits, k, scales):
         )
 
 
-def check_linear(x, words, scale, bits, group, x_scale):
+def check_linear(x, words, scale, bits, group, x_scale, token=False):
     """Raise one sentence when the arguments of `packed_linear` do not fit each other."""
     k = x.shape[-1]
     check_words("packed_linear", x, words, scale, bits, k, (words.shape[0], k // group) if group else words.shape[:1])
     if group and k % group:
         raise ValueError(f"packed_linear: K must be a multiple of group {group}, got {k}; use a group that divides K")
+    if token and x_scale is not None:
+        raise ValueError("packed_linear: wanted x_scale or token, got both; leave x_scale out to measure each row")
     if x_scale is not None and x_scale.shape not in ((), x.shape[:-1]):
         raise ValueError(
             f"packed_linear: x_scale wants shape () or {tuple(x.shape[:-1])}, got {tuple(x_scale.shape)}; "

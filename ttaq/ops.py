@@ -156,10 +156,11 @@ def packed_linear(
     x_scale: Tensor | None = None,
     x_zero: Tensor | None = None,
     x_bits: int = 8,
+    token: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Apply a linear layer whose weight is packed codes.
 
-    Without `x_scale`: ``y = x @ ((code - zero) * scale).T + bias``. With it the input is quantised first and
+    On floats: ``y = x @ ((code - zero) * scale).T + bias``. With `x_scale` or `token` the input is quantised first and
     ``y = (sum_k (code_x - x_zero) (code - zero)) * (x_scale * scale) + bias`` with an exact integer sum.
     The input, its scale and the bias receive gradients; the weight does not.
 
@@ -174,6 +175,7 @@ def packed_linear(
         x_scale: () or x.shape[:-1], float32, or None for float activations.
         x_zero: Shape of `x_scale`, int32.
         x_bits: Width of the activation's codes, 2 to 8.
+        token: Measure the grid of each row instead, in the pass that makes its codes (`activation_codes`).
 
     Returns:
         (y, nonfinite): (..., N), dtype of `x`; int32 (), the NaN and infinite inputs that codes hide (None without
@@ -182,8 +184,8 @@ def packed_linear(
     Raises:
         ValueError: A shape does not fit.
     """
-    check_linear(x, words, scale, bits, group, x_scale)
-    return PackedLinear.apply(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits)
+    check_linear(x, words, scale, bits, group, x_scale, token)
+    return PackedLinear.apply(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits, token)
 
 
 def packed_conv2d(
