@@ -17,7 +17,7 @@ from ttaq.kernels._tiles import expand, reduce
 from ttaq import ops
 from ttaq.declarations import RAW
 
-from . import packed, perturb, rivals
+from . import activation, packed, perturb, rivals
 from .case import BINDERS, DTYPES, PASSES, Case, Inputs, copy_bytes, drawn, forward
 
 
@@ -267,6 +267,7 @@ CASES: dict[str, Callable[[str], Iterator[Case]]] = {
     "perturb": perturb.cases,
     "soft_round": _soft_round,
     "codes": _codes,
+    "activation_codes": activation.cases,
     "packed_linear": packed.linear,
     "packed_conv2d": packed.conv2d,
 }
