@@ -71,14 +71,12 @@ def _activation_codes_kernel(
         x = _load_rows(x_rows, mask_m, 0, K, BLOCK_K)
     if MEASURE:
         low = tl.zeros((BLOCK_M, BLOCK_K), tl.int32)
-        high = low
+        high = tl.zeros((BLOCK_M, BLOCK_K), tl.int32)
         if LONG:
             for start in range(0, K, BLOCK_K):
-                key = _ordered(_load_rows(x_rows, mask_m, start, K, BLOCK_K).to(tl.int32, bitcast=True))
-                low, high = tl.minimum(low, key), tl.maximum(high, key)
+                low, high = _widen(low, high, _load_rows(x_rows, mask_m, start, K, BLOCK_K))
         else:
-            key = _ordered(x.to(tl.int32, bitcast=True))
-            low, high = tl.minimum(low, key), tl.maximum(high, key)
+            low, high = _widen(low, high, x)
         low = _ordered(tl.min(low, axis=1)).to(tl.float32, bitcast=True)
         high = _ordered(tl.max(high, axis=1)).to(tl.float32, bitcast=True)
         scale = tl.div_rn(high - low, qmax)
@@ -90,29 +88,19 @@ def _activation_codes_kernel(
     else:
         scale = tl.load(scale_ptr + offs_m * token, mask=mask_m, other=1.0)
         zero = tl.load(zero_ptr + offs_m * token, mask=mask_m, other=0).to(tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.int32)
-    bad = tl.zeros((BLOCK_M,), tl.int32)
     if LONG:
+        total = tl.zeros((BLOCK_M,), tl.int32)
+        bad = tl.zeros((BLOCK_M,), tl.int32)
         for start in range(0, K, BLOCK_K):
             x = _load_rows(x_rows, mask_m, start, K, BLOCK_K)
-            code = _codes(x, start, K, scale, zero, qmax)
-            _store_rows(code_rows, mask_m, code, start, row_bytes, BITS)
-            total += tl.sum(code, axis=1)
-            bad += tl.sum(tl.where(x - x == 0.0, 0, 1), axis=1)
+            more, worse = _store_codes(x, code_rows, mask_m, start, K, row_bytes, scale, zero, qmax, BITS)
+            total += more
+            bad += worse
     else:
-        code = _codes(x, 0, K, scale, zero, qmax)
-        _store_rows(code_rows, mask_m, code, 0, row_bytes, BITS)
-        total += tl.sum(code, axis=1)
-        bad += tl.sum(tl.where(x - x == 0.0, 0, 1), axis=1)  # NaN and infinity alike
+        total, bad = _store_codes(x, code_rows, mask_m, 0, K, row_bytes, scale, zero, qmax, BITS)
     if SUMS:
         tl.store(sum_ptr + offs_m, total, mask=mask_m)
     tl.store(partial_ptr + tl.program_id(0), tl.sum(bad, axis=0))
-
-
-@jit
-def _ordered(bits):
-    """Map the bits of float32 to int32 in the order of the numbers, NaN outermost, 0.0 to 0; and back."""
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @jit
@@ -123,23 +111,37 @@ def _load_rows(rows, mask_m, start, K, BLOCK_K: tl.constexpr):
 
 
 @jit
-def _codes(x, start, K, scale, zero, qmax):
-    """Return the codes of `x` (M, BLOCK_K), int32, and 0 beyond column K, where a row is padded with zeros."""
-    code = round_half_even(tl.div_rn(x, scale[:, None])) + zero[:, None]
-    code = clamp(tl.where(code == code, code, zero[:, None]), 0.0, qmax).to(tl.int32)
-    return tl.where((start + tl.arange(0, x.shape[1]) < K)[None, :], code, 0)
+def _ordered(bits):
+    """Map the bits of float32 to int32 in the order of the numbers, NaN outermost, 0.0 to 0; and back."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @jit
-def _store_rows(rows, mask_m, code, start, row_bytes, BITS: tl.constexpr):
-    """Store codes (M, BLOCK_K) from column `start` on, 8 / BITS in a byte, the first one lowest."""
+def _widen(low, high, x):
+    """Take the elements of `x` into the bounds, as `_ordered` integers: they keep a NaN, a warp reduces them fast."""
+    key = _ordered(x.to(tl.int32, bitcast=True))
+    return tl.minimum(low, key), tl.maximum(high, key)
+
+
+@jit
+def _store_codes(x, rows, mask_m, start, K, row_bytes, scale, zero, qmax, BITS: tl.constexpr):
+    """Store the codes of `x`, columns `start` and on, 8 / BITS in a byte, the first one lowest.
+
+    Returns:
+        The sum of the codes of each row, and how many of its inputs are NaN or infinite.
+    """
     RUN: tl.constexpr = 8 // BITS
+    code = round_half_even(tl.div_rn(x, scale[:, None])) + zero[:, None]
+    code = clamp(tl.where(code == code, code, zero[:, None]), 0.0, qmax).to(tl.int32)
+    code = tl.where((start + tl.arange(0, x.shape[1]) < K)[None, :], code, 0)  # a row is padded with zeros
+    word = code
     if RUN > 1:
         shifts = (tl.arange(0, RUN) * BITS)[None, None, :]
-        code = tl.sum(tl.reshape(code, (code.shape[0], code.shape[1] // RUN, RUN)) << shifts, axis=2)
-    offs_b = start // RUN + tl.arange(0, code.shape[1])
+        word = tl.sum(tl.reshape(code, (x.shape[0], x.shape[1] // RUN, RUN)) << shifts, axis=2)
+    offs_b = start // RUN + tl.arange(0, word.shape[1])
     mask = mask_m[:, None] & (offs_b < row_bytes)[None, :]
-    tl.store(rows[:, None] + offs_b[None, :], code.to(tl.uint8), mask=mask)
+    tl.store(rows[:, None] + offs_b[None, :], word.to(tl.uint8), mask=mask)
+    return tl.sum(code, axis=1), tl.sum(tl.where(x - x == 0.0, 0, 1), axis=1)
 
 
 def launch(x, scale, zero, bits, packed, sums):
