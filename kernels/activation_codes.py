@@ -181,6 +181,8 @@ def launch(x, scale, zero, bits, packed, sums):
 
 def refuses(x, scale, zero, bits, packed, sums):
     """Say why the Triton kernel cannot run, or None."""
+    if packed and bits not in PACKABLE:
+        return f"codes of {bits} bits lie across bytes; the kernel packs 2, 4 and 8"
     return _refuses_tensors(x, scale, zero) or refuses_triton()
 
 

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ttaq.kernels import _native
 from ttaq.kernels import activation_codes as ac
-from ttaq.kernels import codes as cd
 
 from ttaq import QuantSpec, ops
 from ttaq.observers import EPSILON, dynamic_range
@@ -155,4 +154,10 @@ def test_other_dtypes_are_left_to_the_reference():
     for refuses in (ac.refuses, ac.refuses_cpu):
         assert "float64" in refuses(x, None, None, 8, False, True)
         assert "zero torch.float32" in refuses(x.float(), scale, scale, 8, False, True)
-    assert cd.row_bytes(6, 8) == ops.activation_codes(x, bits=8)[0].shape[-1]
+    assert "packs 2, 4 and 8" in ac.refuses(x.float(), None, None, 3, True, True)
+    assert ops.activation_codes(x, bits=8)[0].shape == x.shape
+
+
+def test_a_measured_grid_has_no_gradient():
+    _, scale, _, _, _ = ops.activation_codes(torch.randn(3, 8, requires_grad=True), bits=8)
+    assert not scale.requires_grad

@@ -63,7 +63,7 @@ def activation_codes(
         ValueError: `scale`, `zero` or `bits` does not fit.
     """
     check_activation("activation_codes", x, scale, zero, bits, packed)
-    codes, row_scale, row_zero, row_sums, nonfinite = RAW.activation_codes(x, scale, zero, bits, packed, sums)
+    codes, row_scale, row_zero, row_sums, nonfinite = RAW.activation_codes(x.detach(), scale, zero, bits, packed, sums)
     if scale is None:
         return codes, row_scale, row_zero, row_sums, nonfinite
     return codes, scale, zero, row_sums, nonfinite
