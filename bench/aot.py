@@ -19,6 +19,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from ttaq.kernels import activation_codes as ac
 from ttaq.kernels import codes as cd
 from ttaq.kernels import log2 as lg
 from ttaq.kernels import packed_conv2d as pc
@@ -184,6 +185,22 @@ def _codes_variants() -> Iterator[Variant]:
         yield Variant("codes", f"_{verb}_codes_kernel", f"{bits} bits", args, wide=False)
 
 
+def _activation_codes_variants() -> Iterator[Variant]:
+    pointers = {"scale_ptr": "*fp32", "zero_ptr": "*i32", "code_ptr": "*u8", "sum_ptr": "*i32", "partial_ptr": "*i32"}
+    sizes = {"M": "i32", "K": "i32:16", "row_bytes": "i32:16", "stride_xm": "i32:16", "token": "i32", "qmax": "fp32"}
+    constants = {"EPSILON": ac.EPSILON, "SUMS": True}
+    taken = [(x, *row, True) for x in ("fp32", "bf16") for row in ((768, 8), (3072, 4), (8192, 4), (12288, 8))]
+    taken += [("bf16", 64, 2, True), ("fp32", 771, 4, True), ("fp32", 768, 8, False), ("bf16", 768, 4, False)]
+    for x, k, bits, measure in taken:
+        m, block, warps = ac._tiles(k)
+        args = {"x_ptr": f"*{x}", **pointers, **sizes, **constants, "MEASURE": measure, "BITS": bits, "LONG": k > block}
+        args |= {"BLOCK_M": m, "BLOCK_K": block}
+        if k % 16:
+            args |= dict.fromkeys(("K", "row_bytes", "stride_xm"), "i32")
+        name = f"{x}, {bits} bits, K {k}, " + ("measured" if measure else "given")
+        yield Variant("activation_codes", "_activation_codes_kernel", name, args, warps, wide=k % 16 == 0)
+
+
 _MMA = {"u8": {80: ("IMMA",), 90: ("IGMMA",)}, "bf16": {80: ("HMMA",), 90: ("HGMMA",)}, "fp32": {}}
 _TORCH = {"u8": torch.uint8, "bf16": torch.bfloat16, "fp32": torch.float32}
 _WEIGHT = {"word_ptr": "*u8", "scale_ptr": "*fp32", "zero_ptr": "*i32"}
@@ -250,6 +267,7 @@ VARIANTS: list[Variant] = [
     *_log2_variants(),
     *_soft_round_variants(),
     *_codes_variants(),
+    *_activation_codes_variants(),
     *_packed_linear_variants(),
     *_packed_conv2d_variants(),
 ]

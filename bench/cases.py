@@ -17,7 +17,7 @@ from ttaq.kernels._tiles import expand, reduce
 from ttaq import ops
 from ttaq.declarations import RAW
 
-from . import log2, packed, perturb, prologue, rivals
+from . import activation, log2, packed, perturb, prologue, rivals
 from .case import BINDERS, DTYPES, PASSES, Case, Inputs, copy_bytes, drawn, forward
 
 
@@ -269,6 +269,7 @@ CASES: dict[str, Callable[[str], Iterator[Case]]] = {
     "log2": log2.cases,
     "soft_round": _soft_round,
     "codes": _codes,
+    "activation_codes": activation.cases,
     "packed_linear": packed.linear,
     "packed_conv2d": packed.conv2d,
 }

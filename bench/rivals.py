@@ -110,6 +110,26 @@ def quantize_per_tensor(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return torch.quantize_per_tensor(x.float(), scale, zero, torch.quint8).int_repr()
 
 
+def activation_codes(x: Tensor, scale: Tensor | None = None, zero: Tensor | None = None, *, bits, packed) -> Tensor:
+    """Compose codes of torch ops, on one scale or on one that is measured a row; it sums and counts nothing."""
+    wide, qmax = x.float(), (1 << bits) - 1
+    if scale is None:
+        low, high = wide.amin(-1, keepdim=True).clamp(max=0), wide.amax(-1, keepdim=True).clamp(min=0)
+        scale = ((high - low) / qmax).clamp(min=1e-8)
+        zero = torch.round(-low / scale).clamp(0, qmax)
+    codes = torch.clamp(torch.round(wide / scale) + zero, 0, qmax).to(torch.uint8)
+    return codes[..., ::2] | codes[..., 1::2] << 4 if packed else codes
+
+
+def quantize_per_token(x: Tensor) -> Tensor:
+    """Call torch's own asymmetric quantisation of tokens to 8 bits, that of its export flow."""
+    import torch.ao.quantization.fx._decomposed  # registers the ops
+
+    decomposed = torch.ops.quantized_decomposed
+    scale, zero = decomposed.choose_qparams_per_token_asymmetric(x, torch.int8)
+    return decomposed.quantize_per_token(x, scale, zero, -128, 127, torch.int8)
+
+
 def compiled(function: Callable) -> Callable:
     """Compile a rival, at its first call, for the sizes that it is called with."""
     compile_once = cache(lambda: torch.compile(lambda *args: function(*args), dynamic=False))

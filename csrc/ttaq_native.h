@@ -125,6 +125,14 @@ TTAQ_EXPORT int ttaq_cpu_aligned_fake_quant_backward(const void* grad, const voi
                                                      float* dzero, int dtype, int qmin, int qmax, int64_t outer,
                                                      int64_t channels, int64_t inner, int threads, int level);
 
+// The codes, 0 .. 2^bits - 1, of `rows` rows of k elements that begin `stride` apart, on a grid for each row.
+//   measure: scale and zero receive the grid of each row, as kernels/activation_codes.py says. Else they hold one value,
+//   or, where token is 1, one a row. codes: (rows, k), or packed as below. sums: (rows,), of the codes of each row, or
+//   null. nonfinite: one element, overwritten with the number of NaN and infinite x.
+TTAQ_EXPORT int ttaq_cpu_activation_codes(const void* x, int64_t stride, uint8_t* codes, float* scale, int32_t* zero,
+                                          int32_t* sums, int32_t* nonfinite, int measure, int token, int packed,
+                                          int dtype, int bits, int64_t rows, int64_t k, int threads, int level);
+
 // codes: (rows, k) uint8, one code a byte. words: (rows, ceil(k * bits / 8)) uint8; code j of a row occupies its bits
 // j * bits .. j * bits + bits - 1, lowest bit first; the rest of a row's last byte is zero.
 TTAQ_EXPORT int ttaq_cpu_pack_codes(const uint8_t* codes, uint8_t* words, int64_t rows, int64_t k, int bits,

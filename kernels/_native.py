@@ -49,6 +49,7 @@ _SIGNATURES = {
         "ttaq_cpu_log2_fake_quant_backward": (_P, _P, _P, _P, _P, _I, _I, _I, _L, _I, _I),
         "ttaq_cpu_aligned_fake_quant": (*(_P,) * 6, _I, _P, _I, _I, _I, *_FORM, _I, _I),
         "ttaq_cpu_aligned_fake_quant_backward": (*(_P,) * 7, _I, *(_P,) * 4, _I, _I, _I, *_FORM, _I, _I),
+        "ttaq_cpu_activation_codes": (_P, _L, *(_P,) * 5, _I, _I, _I, _I, _I, _L, _L, _I, _I),
         "ttaq_cpu_pack_codes": (_P, _P, _L, _L, _I, _I, _I),
         "ttaq_cpu_unpack_codes": (_P, _P, _L, _L, _I, _I, _I),
     },
@@ -343,6 +344,28 @@ def aligned_fake_quant_backward(
             *(t.data_ptr() for t in (grad, x, dx, gain, shift, scale, zero)), zero.dtype == torch.int32,
             *(t.data_ptr() for t in (dgain, dshift, dscale, dzero)), DTYPES[x.dtype], qmin, qmax, outer, channels,
             inner, _threads(), _level(level),
+        )
+    )  # fmt: skip
+
+
+def activation_codes(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, sums: Tensor | None, nonfinite: Tensor, bits: int, *,
+    packed: bool, measure: bool, level: str | None = None,
+) -> None:  # fmt: skip
+    """Write the codes of the rows of `x`, their sums, and with `measure` the grid of each row.
+
+    Args:
+        x: (rows, k), elements of a row side by side; float32, bfloat16 or float16.
+        codes: (rows, k) uint8, or with `packed` the words of `pack_codes`; overwritten.
+        scale: float32, one element or one a row; overwritten with `measure`, and so zero, int32.
+        sums: (rows,), int32, overwritten; or None.
+        nonfinite: As for `quantize_codes`.
+    """
+    _check(
+        library("cpu").ttaq_cpu_activation_codes(
+            x.data_ptr(), x.stride(0), codes.data_ptr(), scale.data_ptr(), zero.data_ptr(),
+            None if sums is None else sums.data_ptr(), nonfinite.data_ptr(), measure, scale.ndim > 0, packed,
+            DTYPES[x.dtype], bits, *x.shape, _threads(), _level(level),
         )
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
+from activation_cases import activation_codes
 from packed_cases import (
     FLOATS,
     Samples,
@@ -256,6 +257,7 @@ SAMPLES: dict[str, Callable[[], Samples]] = {
     "soft_round": soft_round,
     "soft_round_backward": soft_round_backward,
     "quantize_codes": quantize_codes,
+    "activation_codes": activation_codes,
     "pack_codes": pack_codes,
     "unpack_codes": unpack_codes,
     "packed_linear": packed_linear,

@@ -14,7 +14,7 @@ KERNELS = Path(declarations.cd.__file__).parent
 LAYERS = {
     **dict.fromkeys(["spec", "files", "augment", "batches", "kernels"], 0),
     "dispatch": 1,
-    **dict.fromkeys(["checks", "declarations", "gradients", "ops"], 2),
+    **dict.fromkeys(["checks", "declarations", "gradients", "code_ops", "ops"], 2),
     "observers": 3,
     **dict.fromkeys(["quantizers", "roundings"], 4),
     **dict.fromkeys(["layers", "norms", "moments", "learning", "blocks", "tracing", "partition", "surgery"], 5),
@@ -30,7 +30,8 @@ LAYERS = {
 BESIDE = {
     "declarations": {"dispatch"},
     "gradients": {"declarations"},
-    "ops": {"checks", "declarations", "gradients"},
+    "code_ops": {"checks", "declarations"},
+    "ops": {"checks", "code_ops", "declarations", "gradients"},
     "layers": {"surgery"},
     "blocks": {"tracing", "partition", "surgery"},
     "partition": {"tracing"},

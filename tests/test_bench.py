@@ -191,6 +191,7 @@ def test_rivals_compute_what_ours_computes(bench):
         *(cases._fq_case((3, 32), None, 16, "float32", which) for which in ("forward", "backward", "both")),
         cases._soft_round_case("w", (6, 10), "forward", False),
         cases._quantize_case("", (3, 32), None, 0, "float32"),
+        *(bench("activation").case("", (3, 32), "float32", *width) for width in ((8, False), (4, False), (4, True))),
         cases._pack_case("", (4, 24), 3),
         cases._unpack_case("", (4, 24), 3),
         packed._linear_case("", 5, 8, 32, 4, 8, "cpu"),

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ttaq
-from ttaq import MatMul, PackedConv2d, PackedLinear, QuantConv2d, QuantLinear, QuantMatMul, QuantSpec
+from ttaq import MatMul, PackedConv2d, PackedLinear, QuantConv2d, QuantLinear, QuantMatMul, QuantSpec, ops
 
 CONVS = [
     ((4, 6, 3), {}),
@@ -177,6 +177,17 @@ def test_any_number_of_leading_axes(shape, options):
         y.square().sum().backward()
         assert x.grad.shape == shape
     layer.train()(torch.randn(shape))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_tokens_have_the_grids_that_their_quantiser_gives(symmetric):
+    recipe = (QuantSpec(4, "channel"), QuantSpec(8, "token", symmetric=symmetric))
+    layer, x = QuantLinear(16, 4, recipe=recipe).eval(), torch.randn(3, 5, 16)
+    codes, scale, zero = layer.weight_quantizer.integer(layer.weight)
+    grid = dict(zip(("x_scale", "x_zero"), layer.input_quantizer.grid(x), strict=True))
+    wanted, _ = ops.packed_linear(x, codes, scale, zero, layer.bias, bits=4, **grid)
+    assert torch.equal(layer(x), wanted)
+    assert torch.equal(PackedLinear.from_quantized(layer)(x), wanted)
 
 
 def test_empty_batches_of_images():

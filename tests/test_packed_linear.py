@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from ttaq.kernels import codes as cd
 from ttaq.kernels import packed_linear as pl
 
-from ttaq import ops
+from ttaq import QuantSpec, ops
+from ttaq.observers import dynamic_range
 
 
 def on_codes(case):
@@ -157,3 +158,30 @@ def test_large_tiles_agree(monkeypatch):
             args = case.on(device("triton"))
             y = run("packed_linear", "triton", args)
             torch.testing.assert_close(y, pl.reference(*args), atol=0.02 if "codes" not in case.name else 0, rtol=0)
+
+
+@pytest.mark.parametrize(("bits", "group", "x_bits"), [(4, 0, 8), (2, 8, 4), (8, 0, 5)])
+def test_a_grid_a_token_is_measured_in_the_pass_that_makes_the_codes(bits, group, x_bits):
+    random = torch.Generator().manual_seed(9)
+    words = cd.pack_reference(torch.randint(0, 1 << bits, (6, 24), generator=random, dtype=torch.uint8), bits)
+    scale = torch.rand((6, 24 // group) if group else (6,), generator=random)
+    weight = (words, scale, torch.full(scale.shape, 1, dtype=torch.int32), torch.randn(6, generator=random))
+    x = torch.randn(2, 5, 24, generator=random).requires_grad_()
+    measured = dict(zip(("x_scale", "x_zero"), dynamic_range(x, QuantSpec(x_bits, "token")), strict=True))
+    results = []
+    for grid in (measured, {"token": True}):
+        y, nonfinite = ops.packed_linear(x, *weight, bits=bits, group=group, x_bits=x_bits, **grid)
+        results.append((y, nonfinite, *torch.autograd.grad(y.square().sum(), x)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    with pytest.raises(ValueError, match="wanted x_scale or token, got both; leave x_scale out"):
+        ops.packed_linear(x, *weight, bits=bits, group=group, x_bits=x_bits, token=True, **measured)
+
+
+def test_a_token_that_is_not_finite_spoils_itself_alone():
+    words, scale = torch.full((3, 4), 200, dtype=torch.uint8), torch.ones(3)
+    x = torch.ones(4, 4)
+    x[1, 2], x[2, 0] = torch.nan, torch.inf
+    y, nonfinite = ops.packed_linear(x, words, scale, torch.full((3,), 7, dtype=torch.int32), bits=8, token=True)
+    assert y.isnan().all(1).tolist() == [False, True, True, False]
+    assert y[[0, 3]].isfinite().all()
+    assert nonfinite == 2

@@ -2,6 +2,7 @@
 
 import torch
 
+from .kernels import activation_codes as ac
 from .kernels import codes as cd
 from .kernels import log2 as lg
 from .kernels import perturb as pt
@@ -111,6 +112,30 @@ def check_conv_groups(op, w, conv_groups):
         )
 
 
+def check_activation(op, x, scale, zero, bits, packed):
+    """Raise one sentence when the rows of x, their grid or the width of their codes do not fit."""
+    if x.ndim == 0:
+        raise ValueError(f"{op}: x wants shape (..., K), got a scalar; give it an axis")
+    if not 2 <= bits <= 8:
+        raise ValueError(f"{op}: bits must be 2 to 8 to fit a byte, got {bits}; use one of these")
+    if packed and bits not in ac.PACKABLE:
+        raise ValueError(f"{op}: packed codes want 2, 4 or 8 bits, got {bits}; pack_codes packs 3, 5 to 7 stay bytes")
+    if x.shape[-1] * ((1 << bits) - 1) >= 1 << 31:
+        raise ValueError(f"{op}: the sum of {x.shape[-1]} codes of {bits} bits can pass 2^31; use shorter rows")
+    if scale is None and zero is None:
+        return
+    if scale is None or zero is None:
+        raise ValueError(f"{op}: wanted scale and zero, or neither, got one of them; leave both out to measure rows")
+    check_devices(op, x, scale, zero)
+    if scale.shape not in ((), x.shape[:-1]) or zero.shape != scale.shape:
+        raise ValueError(
+            f"{op}: scale and zero want shape () or {tuple(x.shape[:-1])}, got {tuple(scale.shape)} and "
+            f"{tuple(zero.shape)}; use one for all or one a row"
+        )
+    if zero.dtype != torch.int32:
+        raise ValueError(f"{op}: zero wants int32, got {zero.dtype}; use zero.round().int()")
+
+
 def check_packable(op, codes, bits):
     """Raise one sentence when there are no such packed codes."""
     if bits not in cd.PACKABLE:
@@ -143,12 +168,14 @@ def check_words(op, x, words, scale, bits, k, scales):
         )
 
 
-def check_linear(x, words, scale, bits, group, x_scale):
+def check_linear(x, words, scale, bits, group, x_scale, token=False):
     """Raise one sentence when the arguments of `packed_linear` do not fit each other."""
     k = x.shape[-1]
     check_words("packed_linear", x, words, scale, bits, k, (words.shape[0], k // group) if group else words.shape[:1])
     if group and k % group:
         raise ValueError(f"packed_linear: K must be a multiple of group {group}, got {k}; use a group that divides K")
+    if token and x_scale is not None:
+        raise ValueError("packed_linear: wanted x_scale or token, got both; leave x_scale out to measure each row")
     if x_scale is not None and x_scale.shape not in ((), x.shape[:-1]):
         raise ValueError(
             f"packed_linear: x_scale wants shape () or {tuple(x.shape[:-1])}, got {tuple(x_scale.shape)}; "

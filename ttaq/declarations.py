@@ -3,6 +3,7 @@
 import torch
 
 from .dispatch import Implementation, cpu, declare, gpu, never
+from .kernels import activation_codes as ac
 from .kernels import codes as cd
 from .kernels import fake_quant as fq
 from .kernels import log2 as lg
@@ -110,6 +111,14 @@ QUANTIZE_CODES = declare(
     Implementation("cpu", cd.launch_cpu, cpu(cd.refuses_cpu)),
     Implementation("reference", cd.reference, never),
     fake=lambda x, *_: (torch.empty_like(x, dtype=torch.uint8), x.new_empty((), dtype=torch.int32)),
+)
+ACTIVATION_CODES = declare(
+    "activation_codes(Tensor x, Tensor? scale, Tensor? zero, int bits, bool packed, bool sums)"
+    " -> (Tensor codes, Tensor row_scale, Tensor row_zero, Tensor row_sums, Tensor nonfinite)",
+    Implementation("triton", ac.launch, gpu(ac.refuses)),
+    Implementation("cpu", ac.launch_cpu, cpu(ac.refuses_cpu)),
+    Implementation("reference", ac.reference, never),
+    fake=ac.allocate,
 )
 PACK_CODES = declare(
     "pack_codes(Tensor codes, int bits) -> Tensor",

@@ -144,6 +144,7 @@ SAMPLES: dict[str, Callable[[], tuple]] = {
         _rows(), torch.tensor(1.0), torch.ones(16), _rows(), _rows(), *_grid()[:2], torch.tensor(2.0), *_grid()[2:], 1,
     ),
     "quantize_codes": lambda: (_rows(), *_grid()),
+    "activation_codes": lambda: (_rows(), None, None, 4, True, True),
     "pack_codes": lambda: (_codes(), 4),
     "unpack_codes": lambda: (_packed()[0], 4, 16),
     "packed_linear": _packed_linear,

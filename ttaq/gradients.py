@@ -81,10 +81,13 @@ class SoftRound(torch.autograd.Function):
 
 class PackedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits):
+    def forward(ctx, x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits, token):
+        if token:
+            entering, x_scale, x_zero, _, nonfinite = RAW.activation_codes(x, None, None, x_bits, False, False)
+        else:
+            entering, nonfinite = _activation_codes(x, x_scale, x_zero, x_bits)
         ctx.save_for_backward(x, words, scale, zero, x_scale, x_zero)
         ctx.widths = (bits, group, x_bits)
-        entering, nonfinite = _activation_codes(x, x_scale, x_zero, x_bits)
         y = RAW.packed_linear(entering, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits, x.dtype)
         return _with_count(ctx, y, nonfinite)
 
@@ -97,7 +100,7 @@ class PackedLinear(torch.autograd.Function):
             dx = RAW.packed_linear_backward(grad, words, scale, zero, bits, group, x.shape[-1])
             dx, dx_scale = _through_codes(ctx.needs_input_grad, dx, x, x_scale, x_zero, x_bits)
         dbias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[4] else None
-        return dx, None, None, None, dbias, None, None, dx_scale, None, None
+        return dx, *(None,) * 3, dbias, None, None, dx_scale, *(None,) * 3
 
 
 class PackedConv2d(torch.autograd.Function):

@@ -78,7 +78,7 @@ class QuantLinear(_QuantLayer, nn.Linear):
             return F.linear(*self._float_operands(x), self.bias)
         codes, scale, zero = self.weight_quantizer.integer(self.weight)
         spec = self.weight_quantizer.spec
-        grid = activation_grid(self.input_quantizer, x)
+        grid = row_grid(self.input_quantizer, x)
         y, count = ops.packed_linear(x, codes, scale, zero, self.bias, bits=spec.bits, group=spec.group, **grid)
         return counted(self, y, count)
 
@@ -149,6 +149,13 @@ def activation_grid(quantizer, x):
         return {}
     scale, zero = quantizer.grid(x)
     return {"x_scale": scale, "x_zero": zero, "x_bits": quantizer.spec.bits}
+
+
+def row_grid(quantizer, x):
+    """Give what `activation_grid` gives; grids of tokens are left to the pass of packed_linear that makes the codes."""
+    if quantizer is None or not quantizer.active or not quantizer.measures_rows:
+        return activation_grid(quantizer, x)
+    return {"token": True, "x_bits": quantizer.spec.bits}
 
 
 def pad_input(layer: nn.Module, x: Tensor) -> tuple[Tensor, tuple[int, int]]:

@@ -39,10 +39,10 @@ def choose_range(rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
 
 def dynamic_range(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Measure (scale, zero), shape x.shape[:-1], of each row of `x` by min-max; zero is int32."""
+    """Measure (scale, zero), shape x.shape[:-1], of each row of `x` by min-max; zero is int32, and 0 for a NaN."""
     x = x.detach().float()
     scale, zero = _affine(x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0), spec)
-    return scale, zero.int()
+    return scale, zero.nan_to_num(0.0).int()
 
 
 def _extremes(rows, spec):

@@ -12,13 +12,12 @@ from .checks import (
     check_linear,
     check_log2,
     check_operands,
-    check_packable,
     check_perturbation,
     check_prologue,
-    check_rows,
     check_scales,
     learns,
 )
+from .code_ops import activation_codes, pack_codes, quantize_codes, unpack_codes
 from .declarations import RAW
 from .gradients import (
     FakeQuant,
@@ -31,6 +30,11 @@ from .gradients import (
     SoftRound,
 )
 from .kernels import codes as cd
+
+__all__ = (
+    "activation_codes", "fake_quant", "log2_codes", "log2_fake_quant", "pack_codes", "packed_conv2d", "packed_linear",
+    "perturbed_fake_quant", "prologue_fake_quant", "quantize_codes", "quantized_matmul", "soft_round", "unpack_codes",
+)  # fmt: skip
 
 PACKABLE = cd.PACKABLE
 row_bytes = cd.row_bytes
@@ -239,55 +243,6 @@ def soft_round(
     return SoftRound.apply(w, v, scale, zero, beta, qmax, axis, group, conv_groups)
 
 
-def quantize_codes(
-    x: Tensor, scale: Tensor, zero: Tensor, *, qmax: int, axis: int | None = None, group: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Quantise to integer codes, ``clamp(round(x / scale) + zero, 0, qmax)``.
-
-    Args:
-        x: Any shape, float16, bfloat16 or float32.
-        scale: As in `fake_quant`.
-        zero: Shape of `scale`.
-        qmax: Highest code, at most 255.
-        axis: The axis `scale` runs along, or None.
-        group: Elements of the last axis that share a scale, or 0.
-
-    Returns:
-        (codes, nonfinite): uint8, shape of `x`; int32 (), the NaN and infinite inputs. A NaN gets the code of 0.0.
-
-    Raises:
-        ValueError: `scale` does not fit, or qmax is beyond 255.
-    """
-    axis = check_scales("quantize_codes", x, scale, zero, axis, group)
-    if not 0 < qmax < 256:
-        raise ValueError(f"quantize_codes: qmax must be 1 to 255 to fit a byte, got {qmax}; use 2 to 8 bits")
-    return RAW.quantize_codes(x, scale, zero, 0, qmax, axis, group)
-
-
-def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes (..., K), uint8, into words (..., ceil(K * bits / 8)): a little-endian bit stream a row.
-
-    Args:
-        codes: uint8, each below 2^bits.
-        bits: 2, 3, 4 or 8.
-
-    Raises:
-        ValueError: `bits` or the dtype does not fit.
-    """
-    check_packable("pack_codes", codes, bits)
-    return RAW.pack_codes(codes, bits)
-
-
-def unpack_codes(words: Tensor, bits: int, k: int) -> Tensor:
-    """Unpack words (..., ceil(k * bits / 8)), uint8, into codes (..., k): the inverse of `pack_codes`.
-
-    Raises:
-        ValueError: `bits`, the dtype or the row length does not fit.
-    """
-    check_rows("unpack_codes", words, bits, k)
-    return RAW.unpack_codes(words, bits, k)
-
-
 def packed_linear(
     x: Tensor,
     words: Tensor,
@@ -300,10 +255,11 @@ def packed_linear(
     x_scale: Tensor | None = None,
     x_zero: Tensor | None = None,
     x_bits: int = 8,
+    token: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Apply a linear layer whose weight is packed codes.
 
-    Without `x_scale`: ``y = x @ ((code - zero) * scale).T + bias``. With it the input is quantised first and
+    On floats: ``y = x @ ((code - zero) * scale).T + bias``. With `x_scale` or `token` the input is quantised first and
     ``y = (sum_k (code_x - x_zero) (code - zero)) * (x_scale * scale) + bias`` with an exact integer sum.
     The input, its scale and the bias receive gradients; the weight does not.
 
@@ -318,6 +274,7 @@ def packed_linear(
         x_scale: () or x.shape[:-1], float32, or None for float activations.
         x_zero: Shape of `x_scale`, int32.
         x_bits: Width of the activation's codes, 2 to 8.
+        token: Measure the grid of each row instead, in the pass that makes its codes (`activation_codes`).
 
     Returns:
         (y, nonfinite): (..., N), dtype of `x`; int32 (), the NaN and infinite inputs that codes hide (None without
@@ -326,8 +283,8 @@ def packed_linear(
     Raises:
         ValueError: A shape does not fit.
     """
-    check_linear(x, words, scale, bits, group, x_scale)
-    return PackedLinear.apply(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits)
+    check_linear(x, words, scale, bits, group, x_scale, token)
+    return PackedLinear.apply(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits, token)
 
 
 def packed_conv2d(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .layers import QuantConv2d, QuantLinear, activation_grid, counted, pad_input
+from .layers import QuantConv2d, QuantLinear, activation_grid, counted, pad_input, row_grid
 from .quantizers import ActivationQuantizer, Gridded, dequantise
 from .spec import QuantSpec, Recipe
 
@@ -81,7 +81,7 @@ class PackedLinear(_PackedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., K) to (..., N)."""
         _check_inputs("PackedLinear", x, -1, self.in_features)
-        grid = activation_grid(self.input_quantizer, x)
+        grid = row_grid(self.input_quantizer, x)
         y, count = ops.packed_linear(
             x, self.words, self.scale, self.zero, self.bias, bits=self.spec.bits, group=self.spec.group, **grid
         )

@@ -104,6 +104,11 @@ class ActivationQuantizer(Quantizer):
         else:
             self.set_range(*choose_range(values.detach().reshape(1, -1), self.spec))
 
+    @property
+    def measures_rows(self) -> bool:
+        """Whether `ops.activation_codes` measures the grid that `grid` gives."""
+        return self.spec.granularity == "token" and not self.spec.symmetric
+
     def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Give (scale, zero) for `x`: () each, or x.shape[:-1] per token; zero is int32."""
         if self.spec.granularity == "token":

@@ -8,6 +8,7 @@
 #include "log2_loops.h"
 #include "number.h"
 #include "philox.h"
+#include "rows.h"
 
 namespace ttaq {
 namespace {
@@ -101,13 +102,15 @@ int64_t codes(const void* x_, uint8_t* codes_, Block block, const float* scale_,
   for (int64_t line = 0; line < block.lines; ++line) {
     const T* x = (const T*)x_ + line * block.stride;
     uint8_t* code = codes_ + line * block.stride;
-#pragma omp simd reduction(+ : nonfinite)
+    int32_t bad = 0;
+#pragma omp simd reduction(+ : bad)
     for (int64_t i = 0; i < block.size; ++i) {
       const float value = widen(x[i]);
-      nonfinite += fabsf(value) <= 3.402823466e38f ? 0 : 1;
+      bad += fabsf(value) <= 3.402823466e38f ? 0 : 1;
       const float sum = nearest(value / scale[i]) + zero[i];
       code[i] = uint8_t(int32_t(clamp(sum == sum ? sum : zero[i], range)));
     }
+    nonfinite += bad;
   }
   return nonfinite;
 }
@@ -181,37 +184,39 @@ void perturb_backward(const void* grad_, const void* x_, void* dx_, int64_t n, c
   }
 }
 
-// Eight codes fill BITS bytes exactly, so a row is packed eight by eight and its rest bit by bit.
+// RUN codes fill BYTES bytes exactly, so a row is packed by as many and its rest bit by bit.
 template <int BITS>
 void pack(const uint8_t* code, uint8_t* word, int64_t n) {
   constexpr uint32_t mask = (1u << BITS) - 1;
-  const int64_t groups = n / 8;
+  constexpr int RUN = 8 % BITS ? 8 : 8 / BITS, BYTES = RUN * BITS / 8;
+  const int64_t runs = n / RUN;
 #pragma omp simd
-  for (int64_t g = 0; g < groups; ++g) {
+  for (int64_t r = 0; r < runs; ++r) {
     uint32_t stream = 0;
-    for (int j = 0; j < 8; ++j) stream |= (code[8 * g + j] & mask) << (BITS * j);
-    for (int b = 0; b < BITS; ++b) word[BITS * g + b] = uint8_t(stream >> (8 * b));
+    for (int j = 0; j < RUN; ++j) stream |= (code[RUN * r + j] & mask) << (BITS * j);
+    for (int b = 0; b < BYTES; ++b) word[BYTES * r + b] = uint8_t(stream >> (8 * b));
   }
   uint32_t stream = 0;
-  for (int64_t j = 8 * groups; j < n; ++j) stream |= (code[j] & mask) << (BITS * (j - 8 * groups));
+  for (int64_t j = RUN * runs; j < n; ++j) stream |= (code[j] & mask) << (BITS * (j - RUN * runs));
   const int64_t bytes = (n * BITS + 7) / 8;
-  for (int64_t b = BITS * groups; b < bytes; ++b, stream >>= 8) word[b] = uint8_t(stream);
+  for (int64_t b = BYTES * runs; b < bytes; ++b, stream >>= 8) word[b] = uint8_t(stream);
 }
 
 template <int BITS>
 void unpack(const uint8_t* word, uint8_t* code, int64_t n) {
   constexpr uint32_t mask = (1u << BITS) - 1;
-  const int64_t groups = n / 8;
+  constexpr int RUN = 8 % BITS ? 8 : 8 / BITS, BYTES = RUN * BITS / 8;
+  const int64_t runs = n / RUN;
 #pragma omp simd
-  for (int64_t g = 0; g < groups; ++g) {
+  for (int64_t r = 0; r < runs; ++r) {
     uint32_t stream = 0;
-    for (int b = 0; b < BITS; ++b) stream |= uint32_t(word[BITS * g + b]) << (8 * b);
-    for (int j = 0; j < 8; ++j) code[8 * g + j] = uint8_t((stream >> (BITS * j)) & mask);
+    for (int b = 0; b < BYTES; ++b) stream |= uint32_t(word[BYTES * r + b]) << (8 * b);
+    for (int j = 0; j < RUN; ++j) code[RUN * r + j] = uint8_t((stream >> (BITS * j)) & mask);
   }
   uint32_t stream = 0;
   const int64_t bytes = (n * BITS + 7) / 8;
-  for (int64_t b = BITS * groups; b < bytes; ++b) stream |= uint32_t(word[b]) << (8 * (b - BITS * groups));
-  for (int64_t j = 8 * groups; j < n; ++j, stream >>= BITS) code[j] = uint8_t(stream & mask);
+  for (int64_t b = BYTES * runs; b < bytes; ++b) stream |= uint32_t(word[b]) << (8 * (b - BYTES * runs));
+  for (int64_t j = RUN * runs; j < n; ++j, stream >>= BITS) code[j] = uint8_t(stream & mask);
 }
 
 void copy(const uint8_t* from, uint8_t* to, int64_t n) { memcpy(to, from, size_t(n)); }
@@ -243,6 +248,8 @@ const Kernels TTAQ_LEVEL::kernels = {
     TTAQ_LEVEL::soft_round,
     TTAQ_LEVEL::soft_round_backward,
     &TTAQ_LEVEL::aligned,
+    FOR_EACH_DTYPE(extremes),
+    total,
 };
 
 }  // namespace ttaq

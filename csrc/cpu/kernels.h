@@ -80,6 +80,8 @@ struct Kernels {
   void (*soft_round_backward)(const float* grad, float dpenalty, const float* denergy, const SoftWeights& weights,
                               float* dv);
   const Aligned* aligned;
+  Range (*extremes[3])(const void* x, int64_t n);  // with 0.0 among them; NaN where there is one
+  int32_t (*total)(const uint8_t* codes, int64_t n);
 };
 
 namespace base {
