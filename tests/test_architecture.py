@@ -14,7 +14,7 @@ KERNELS = Path(declarations.cd.__file__).parent
 LAYERS = {
     **dict.fromkeys(["spec", "files", "augment", "batches", "kernels"], 0),
     "dispatch": 1,
-    **dict.fromkeys(["checks", "declarations", "gradients", "code_ops", "ops"], 2),
+    **dict.fromkeys(["checks", "declarations", "gradients", "code_ops", "fake_ops", "product_ops", "ops"], 2),
     "observers": 3,
     **dict.fromkeys(["quantizers", "roundings"], 4),
     **dict.fromkeys(["layers", "norms", "moments", "learning", "blocks", "tracing", "partition", "surgery"], 5),
@@ -31,7 +31,9 @@ BESIDE = {
     "declarations": {"dispatch"},
     "gradients": {"declarations"},
     "code_ops": {"checks", "declarations"},
-    "ops": {"checks", "code_ops", "declarations", "gradients"},
+    "fake_ops": {"checks", "declarations", "gradients"},
+    "product_ops": {"checks", "declarations", "gradients"},
+    "ops": {"code_ops", "fake_ops", "product_ops"},
     "layers": {"surgery"},
     "blocks": {"tracing", "partition", "surgery"},
     "partition": {"tracing"},
@@ -46,7 +48,7 @@ BESIDE = {
     "report": {"evaluation"},
 }
 ONLY = {"dispatch": set(), "streams": {"spec", "streams"}}
-KERNELS_MAY = {"_triton", "_native", "_tiles", "codes"}
+KERNELS_MAY = {"_triton", "_library", "_native", "_tiles", "codes"}
 
 
 def imported(source, package):

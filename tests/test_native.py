@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ttaq.kernels import _native, codes, fake_quant
+from ttaq.kernels import _library, _native, codes, fake_quant
 
 LEVELS = _native.LEVELS[: _native.LEVELS.index(_native.cpu_level() or "base") + 1]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -202,11 +202,11 @@ def test_a_forked_child_still_quantises():
 
 
 def test_a_missing_library_gives_a_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(_native, "__file__", str(tmp_path / "_native.py"))
-    assert "pip install" in _native._why_not_built("cpu")
+    monkeypatch.setattr(_library, "__file__", str(tmp_path / "_library.py"))
+    assert "pip install" in _library._why_not_built("cpu")
     (tmp_path / "native_build.json").write_text('{"cpu": null, "cuda": "nvcc was not found"}')
-    assert _native._why_not_built("cuda") == "nvcc was not found"
-    assert "gone" in _native._why_not_built("cpu")
+    assert _library._why_not_built("cuda") == "nvcc was not found"
+    assert "gone" in _library._why_not_built("cpu")
 
 
 def test_the_cuda_library_says_why_it_cannot_serve():

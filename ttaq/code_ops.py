@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .checks import check_activation, check_packable, check_rows, check_scales
+from .checks import check_activation, check_log2, check_packable, check_rows, check_scales
 from .declarations import RAW
 
 
@@ -91,3 +91,16 @@ def unpack_codes(words: Tensor, bits: int, k: int) -> Tensor:
     """
     check_rows("unpack_codes", words, bits, k)
     return RAW.unpack_codes(words, bits, k)
+
+
+def log2_codes(x: Tensor, scale: Tensor, *, qmax: int, roots: int = 1) -> tuple[Tensor, Tensor]:
+    """Quantise to the codes of `log2_fake_quant`, which takes the same arguments.
+
+    Returns:
+        (codes, nonfinite): uint8, shape of `x`; int32 (), the NaN and infinite inputs. A NaN gets the code of 0.0.
+
+    Raises:
+        ValueError: `scale`, `qmax` or `roots` does not fit.
+    """
+    check_log2("log2_codes", x, scale, qmax, roots)
+    return RAW.log2_codes(x, scale, qmax, roots)
