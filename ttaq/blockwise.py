@@ -15,7 +15,7 @@ from .batches import pieces
 from .blocks import Block, run_block
 from .distances import squared_distance
 from .layers import QuantConv2d, QuantLinear
-from .learning import activation_quantizers, quant_layers
+from .learning import activation_quantizers, adam, quant_layers
 from .norms import batch_norms, live, measure_again
 from .quantizers import clamp_scales
 from .roundings import AdaRound, StraightThrough
@@ -108,9 +108,7 @@ class BlockLearner:
         for _ in self.steps(quantised, floats, targets, extra):
             pass
 
-    def steps(
-        self, quantised: Tensor, floats: Tensor, targets: Tensor, extra: Extra | None = None
-    ) -> Iterator[Tensor]:
+    def steps(self, quantised: Tensor, floats: Tensor, targets: Tensor, extra: Extra | None = None) -> Iterator[Tensor]:
         """Run one step of `learn` after the other, and give the loss of each, ()."""
         learned = self._learned()
         if not self.layers and not learned:
@@ -123,7 +121,8 @@ class BlockLearner:
             picked = torch.randint(len(targets), (size,), device=targets.device)
             x = quantised[picked]
             if self.schedule.drop:
-                x = torch.where(torch.rand_like(x) < self.schedule.drop, floats[picked], x)
+                chosen = torch.empty_like(x, dtype=torch.int16).random_() < self.schedule.drop * (1 << 15)
+                x.lerp_(floats[picked], chosen.to(x.dtype))  # numbers of 15 bits and no branch: torch.where has one
             optimizer.zero_grad()
             loss = self._loss(step, x, targets[picked], picked, extra)
             loss.backward()
@@ -169,7 +168,7 @@ class BlockLearner:
             quantizer.scale.requires_grad_(True)
             groups.append({"params": [quantizer.scale], "lr": schedule.scale_lr * quantizer.scale.mean().item()})
             decays.append(True)
-        optimizer = torch.optim.Adam(groups)
+        optimizer = adam(groups)
         cosine = lambda step: (1 + math.cos(math.pi * step / schedule.steps)) / 2  # noqa: E731
         rates = [cosine if decay else (lambda step: 1.0) for decay in decays]
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
