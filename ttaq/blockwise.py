@@ -119,12 +119,11 @@ class BlockLearner:
         size = min(self.schedule.batch_size, len(targets))
         for step in range(self.schedule.steps):
             picked = torch.randint(len(targets), (size,), device=targets.device)
-            x = quantised[picked]
+            x, target = quantised.index_select(0, picked), targets.index_select(0, picked)
             if self.schedule.drop:
-                chosen = torch.empty_like(x, dtype=torch.int16).random_() < self.schedule.drop * (1 << 15)
-                x.lerp_(floats[picked], chosen.to(x.dtype))  # numbers of 15 bits and no branch: torch.where has one
+                _mix(x, floats.index_select(0, picked), self.schedule.drop)
             optimizer.zero_grad()
-            loss = self._loss(step, x, targets[picked], picked, extra)
+            loss = self._loss(step, x, target, picked, extra)
             loss.backward()
             optimizer.step()
             scheduler.step()
@@ -181,6 +180,12 @@ class BlockLearner:
             for rounding in self.roundings:
                 rounding.beta.fill_(20.0 if done < 0 else 2 + 18 * max(0.0, 1 - done))
         return done >= 0
+
+
+def _mix(x: Tensor, other: Tensor, share: float) -> None:
+    """Replace a share of the elements of `x` by those of `other`, at random: 15 bits an element, and no branch."""
+    chosen = torch.empty_like(x, dtype=torch.int16).random_() < share * (1 << 15)
+    x.lerp_(other, chosen.to(x.dtype))
 
 
 def layers_of(model: nn.Module, block: Block) -> dict[str, QuantLinear | QuantConv2d]:
