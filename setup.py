@@ -20,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 KINDS = ("cpu", "cuda")
 WANTED = {"auto": KINDS, "cpu": ("cpu",), "cuda": KINDS, "0": ()}
-RECORD = "native_build.json"  # {"cpu": null or the reason why not, "cuda": ...}, read by kernels/_native.py
+RECORD = "native_build.json"  # {"cpu": null or the reason why not, "cuda": ...}, read by kernels/_library.py
 
 ERROR = re.compile(r"\b(error|fatal)\b|No such file", re.IGNORECASE)
 

@@ -1,4 +1,4 @@
-"""`python -m bench run|compare|report|accuracy|memory`."""
+"""`python -m bench run|step|compare|report|accuracy|memory`."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import accuracy, machine, memory, rows, tables
+from . import accuracy, machine, memory, rows, step, tables
 from .cases import CASES, cases
 from .measure import measure
 
@@ -51,6 +51,21 @@ def run(options: argparse.Namespace) -> int:
         print(tables.summary(found), flush=True)
     print(f"{written or 'no row was written'}; {failed} cases failed")
     return 1 if failed or written is None else 0
+
+
+def time_steps(options: argparse.Namespace) -> int:
+    """Time a step of reconstruction on the CPU once its tests are green, and append the rows."""
+    origin = machine.commit(options.commit) | machine.facts("cpu")
+    if not gate(TESTS / "test_step.py"):
+        print("bench: the tests of the step are not green, so nothing was measured and no row was written")
+        return 1
+    for subject in step.subjects():
+        if options.case in subject.name:
+            row = step.measure(subject, origin, batch=options.batch, seconds=1.0 if options.quick else 10.0)
+            rows.append([row], options.results)
+            share = step.products_share(subject, options.batch)
+            print(f"{tables.summary([row])}; products are {share:.0%} of ours", flush=True)
+    return 0
 
 
 def gate(tests: Path) -> bool:
@@ -101,6 +116,12 @@ def _parser():
     runs.add_argument("--case", default="", help="only the cases whose name holds this")
     runs.add_argument("--commit", help="of a tree that travels without its history")
     runs.set_defaults(command=run)
+    steps = commands.add_parser("step", help="measure a step of reconstruction against the same step in eager torch")
+    steps.add_argument("--batch", type=int, default=32, help="images a step")
+    steps.add_argument("--quick", action="store_true", help="little time")
+    steps.add_argument("--case", default="", help="only the blocks whose name holds this")
+    steps.add_argument("--commit", help="of a tree that travels without its history")
+    steps.set_defaults(command=time_steps)
     compares = commands.add_parser("compare", help="compare two selections: REV, FILE.csv or FILE.csv@REV")
     compares.add_argument("before")
     compares.add_argument("after", nargs="?", help="by default the latest rows of this machine")
@@ -109,7 +130,7 @@ def _parser():
     reports.add_argument("--short", action="store_true", help="a line for each op")
     reports.add_argument("--output", type=Path, help="write them to a file instead")
     reports.set_defaults(command=report)
-    for command in (runs, compares, reports):
+    for command in (runs, steps, compares, reports):
         command.add_argument("--results", type=Path, default=rows.RESULTS, help="the folder of the CSV files")
     for command in (compares, reports):
         command.add_argument("--machine", help="the name of a CSV file, without .csv")

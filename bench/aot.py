@@ -17,7 +17,6 @@ from importlib import import_module
 from itertools import product
 from pathlib import Path
 
-
 from .variants import VARIANTS, Variant
 
 ARCHITECTURES = (80, 90)

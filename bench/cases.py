@@ -127,37 +127,41 @@ def _flat(x):
 
 def _soft_round(device):
     for name, shape in (("weight of ViT-B fc1", (3072, 768)), ("weight of ResNet-50 layer4", (512, 512, 3, 3))):
-        for which in PASSES:
-            yield _soft_round_case(name, shape, which, quick=name.endswith("fc1"))
+        for groups, which in product((0, 1), PASSES):
+            yield _soft_round_case(name, shape, groups, which, quick=name.endswith("fc1"))
 
 
-def _soft_round_case(name, shape, which, quick):
+def _soft_round_case(name, shape, conv_groups, which, quick):
+    kept = 3 if conv_groups else 2  # outputs: without groups there is no energy
+    rival = partial(rivals.soft_round, energy=conv_groups > 0)
+
     def make(generator, device):
         w, v, grad = (drawn(shape, generator, device, "float32") for _ in range(3))
         scale = torch.rand(shape[0], generator=generator, device=device) * 0.1 + 0.2
         zero, beta, dpenalty = torch.full_like(scale, 7.0), scale.new_tensor(8.0), scale.new_tensor(0.01)
-        return Inputs((w, v.requires_grad_(), scale, zero, beta), (v,), (grad, dpenalty))
+        denergy = torch.rand(shape[1], generator=generator, device=device)
+        return Inputs((w, v.requires_grad_(), scale, zero, beta), (v,), (grad, dpenalty, denergy)[:kept])
+
+    def grads_of(inputs):
+        return *inputs.grads, *[inputs.args[0].new_empty(0)] * (3 - kept)
 
     def exact(inputs):
-        args = (*(t.detach() for t in inputs.args), 0, 15, 0, 0, 0)
-        if which == "forward":
-            return sr.reference(*args)[:2]
-        return (sr.reference_backward(*inputs.grads, args[0].new_empty(0), *args),)
+        args = (*(t.detach() for t in inputs.args), 0, 15, 0, 0, conv_groups)
+        return sr.reference(*args)[:kept] if which == "forward" else (sr.reference_backward(*grads_of(inputs), *args),)
 
     def raw(inputs):
-        grads = (*inputs.grads, inputs.args[0].new_empty(0)) if which == "backward" else ()
-        return *grads, *inputs.args, 0, 15, 0, 0, 0
+        return *(grads_of(inputs) if which == "backward" else ()), *inputs.args, 0, 15, 0, 0, conv_groups
 
     bind = BINDERS[which]
     moved = _count(shape) * 4 * {"forward": 3, "backward": 4, "both": 7}[which]
     return Case(
         op="soft_round_backward" if which == "backward" else "soft_round",
-        name=f"{name}, per channel, {_PASS_NAMES[which]}",
+        name=f"{name}, per channel, {'energy, ' if conv_groups else ''}{_PASS_NAMES[which]}",
         dtype="float32",
         make=make,
         raw=raw,
-        ours=bind(lambda *args: ops.soft_round(*args, qmax=15, axis=0)[:2]),
-        rivals={"composed eager": bind(rivals.soft_round), "torch.compile": bind(rivals.compiled(rivals.soft_round))},
+        ours=bind(lambda *args: ops.soft_round(*args, qmax=15, axis=0, conv_groups=conv_groups)[:kept]),
+        rivals={"composed eager": bind(rival), "torch.compile": bind(rivals.compiled(rival))},
         ceiling=copy_bytes(moved),
         exact=exact,
         bytes=moved,

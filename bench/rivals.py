@@ -91,12 +91,15 @@ def log2_codes(x: Tensor, scale: Tensor, *, qmax: int, roots: int) -> Tensor:
     return torch.clamp(torch.round(-roots * torch.log2(x.float() / scale)), 0, qmax).to(torch.uint8)
 
 
-def soft_round(w: Tensor, v: Tensor, scale: Tensor, zero: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """Compose AdaRound (arXiv:2004.10568) of torch ops, one scale a row, 4 bits."""
+def soft_round(
+    w: Tensor, v: Tensor, scale: Tensor, zero: Tensor, beta: Tensor, *, energy: bool = False
+) -> tuple[Tensor, ...]:
+    """Compose AdaRound (arXiv:2004.10568) of torch ops, one scale a row, 4 bits; with `energy` sums of y^2 by input."""
     _, scale, zero = _aligned(w, scale, zero, 0, 0)
     h = torch.clamp(torch.sigmoid(v) * ZETA + GAMMA, 0, 1)
     code = torch.clamp(torch.floor(w / scale) + h + zero, 0, 15)
-    return (code - zero) * scale, (1 - (2 * h - 1).abs().pow(beta)).sum()
+    y, penalty = (code - zero) * scale, (1 - (2 * h - 1).abs().pow(beta)).sum()
+    return (y, penalty, y.square().sum([d for d in range(w.ndim) if d != 1])) if energy else (y, penalty)
 
 
 def codes(x: Tensor, scale: Tensor, zero: Tensor, *, qmax: int, axis: int | None, group: int) -> Tensor:

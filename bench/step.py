@@ -85,7 +85,9 @@ class Stage:
             scales = [q.scale.requires_grad_() for q in learner.activations]
             for quantizer in learner.activations:
                 quantizer.drop = schedule.drop
-            optimizer = torch.optim.Adam([{"params": [r.v for r in learner.roundings], "lr": 3e-3}, {"params": scales}])
+            groups = [{"params": [r.v for r in learner.roundings], "lr": schedule.rounding_lr}]
+            groups += [{"params": [scale], "lr": schedule.scale_lr * scale.item()} for scale in scales]
+            optimizer = torch.optim.Adam(groups)
             while True:
                 picked = torch.randint(len(self.targets), (schedule.batch_size,))
                 x, target = self.quantised[picked], self.targets[picked]

@@ -139,7 +139,7 @@ def test_a_planted_upward_import_is_found(module, package, source):
 @pytest.mark.parametrize(
     ("module", "package", "source"),
     [
-        ("ops", "ttaq", "from .kernels import codes as cd\nfrom .declarations import RAW"),
+        ("code_ops", "ttaq", "from .kernels import codes as cd\nfrom .declarations import RAW"),
         ("reconstruction", "ttaq", "from .caching import BlockCache"),
         ("adaptation.gradient", "ttaq.adaptation", "from .guard import Guard\nfrom ..surgery import replace"),
         ("kernels.packed_linear", "ttaq.kernels", "from . import _native\nfrom .codes import row_bytes\nimport torch"),

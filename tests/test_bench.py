@@ -189,7 +189,7 @@ def test_rivals_compute_what_ours_computes(bench):
     cases, packed = bench("cases"), bench("packed")
     small = [
         *(cases._fq_case((3, 32), None, 16, "float32", which) for which in ("forward", "backward", "both")),
-        cases._soft_round_case("w", (6, 10), "forward", False),
+        *(cases._soft_round_case("w", (6, 10), groups, "both", False) for groups in (0, 1)),
         cases._quantize_case("", (3, 32), None, 0, "float32"),
         *(bench("activation").case("", (3, 32), "float32", *width) for width in ((8, False), (4, False), (4, True))),
         cases._pack_case("", (4, 24), 3),

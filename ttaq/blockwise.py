@@ -15,7 +15,7 @@ from .batches import pieces
 from .blocks import Block, run_block
 from .distances import squared_distance
 from .layers import QuantConv2d, QuantLinear
-from .learning import activation_quantizers, quant_layers
+from .learning import activation_quantizers, adam, quant_layers
 from .norms import batch_norms, live, measure_again
 from .quantizers import clamp_scales
 from .roundings import AdaRound, StraightThrough
@@ -119,11 +119,11 @@ class BlockLearner:
         size = min(self.schedule.batch_size, len(targets))
         for step in range(self.schedule.steps):
             picked = torch.randint(len(targets), (size,), device=targets.device)
-            x = quantised[picked]
+            x, target = quantised.index_select(0, picked), targets.index_select(0, picked)
             if self.schedule.drop:
-                x = torch.where(torch.rand_like(x) < self.schedule.drop, floats[picked], x)
+                _mix(x, floats.index_select(0, picked), self.schedule.drop)
             optimizer.zero_grad()
-            loss = self._loss(step, x, targets[picked], picked, extra)
+            loss = self._loss(step, x, target, picked, extra)
             loss.backward()
             optimizer.step()
             scheduler.step()
@@ -167,7 +167,7 @@ class BlockLearner:
             quantizer.scale.requires_grad_(True)
             groups.append({"params": [quantizer.scale], "lr": schedule.scale_lr * quantizer.scale.mean().item()})
             decays.append(True)
-        optimizer = torch.optim.Adam(groups)
+        optimizer = adam(groups)
         cosine = lambda step: (1 + math.cos(math.pi * step / schedule.steps)) / 2  # noqa: E731
         rates = [cosine if decay else (lambda step: 1.0) for decay in decays]
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
@@ -180,6 +180,12 @@ class BlockLearner:
             for rounding in self.roundings:
                 rounding.beta.fill_(20.0 if done < 0 else 2 + 18 * max(0.0, 1 - done))
         return done >= 0
+
+
+def _mix(x: Tensor, other: Tensor, share: float) -> None:
+    """Replace a share of the elements of `x` by those of `other`, at random: 15 bits an element, and no branch."""
+    chosen = torch.empty_like(x, dtype=torch.int16).random_() < share * (1 << 15)
+    x.lerp_(other, chosen.to(x.dtype))
 
 
 def layers_of(model: nn.Module, block: Block) -> dict[str, QuantLinear | QuantConv2d]:

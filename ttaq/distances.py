@@ -14,8 +14,8 @@ def squared_distance(output: Tensor, target: Tensor) -> Tensor:
     Returns:
         (), float32.
     """
-    channels = 1 if output.ndim == 4 else -1
-    return (output.float() - target.float()).square().sum(channels).mean()
+    channels = output.shape[1 if output.ndim == 4 else -1]
+    return F.mse_loss(output.float(), target.float()) * channels
 
 
 def softened_divergence(target: Tensor, logits: Tensor, temperature: float, *, mean: bool = True) -> Tensor:

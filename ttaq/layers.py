@@ -137,10 +137,15 @@ class QuantMatMul(MatMul):
         """Multiply (..., M, K) by (..., K, N)."""
         left, right = self.left_quantizer, self.right_quantizer
         if self.training or left.perturbed or not (left.active and right.active):
-            return left(a) @ right(b)
+            return left(_batched(a)) @ right(_batched(b))
         (a_scale, a_zero), (b_scale, b_zero) = left.grid(a), right.grid(b)
         widths = {"a_bits": left.spec.bits, "b_bits": right.spec.bits}
         return ops.quantized_matmul(a, b, a_scale, a_zero, b_scale, b_zero, **widths)
+
+
+def _batched(x):
+    """Lay the matrices of an operand one after the other: the product would, after the quantiser and again backward."""
+    return x.mT.contiguous().mT if x.stride(-2) == 1 else x.contiguous()
 
 
 def activation_grid(quantizer, x):

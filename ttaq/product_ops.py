@@ -3,7 +3,6 @@
 from torch import Tensor
 
 from .checks import check_conv2d, check_linear, check_operands
-from .declarations import RAW
 from .gradients import PackedConv2d, PackedLinear, QuantizedMatmul
 
 

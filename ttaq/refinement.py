@@ -17,7 +17,17 @@ from torch import Tensor, nn
 from .augment import add_noise, change_light, shift_and_flip
 from .batches import Forward, call, change_images, choose, collect, count, join, logits_of, pieces, take
 from .distances import softened_divergence
-from .learning import Learned, check_ready, frozen, progress_bar, quant_layers, restored_on_failure, seeded, settings
+from .learning import (
+    Learned,
+    adam,
+    check_ready,
+    frozen,
+    progress_bar,
+    quant_layers,
+    restored_on_failure,
+    seeded,
+    settings,
+)
 from .norms import batch_norms, live, measure_again
 from .quantizers import ActivationQuantizer, clamp_scales, disabled
 from .roundings import StraightThrough
@@ -206,4 +216,4 @@ def _optimizer(model, layers, chosen):
     for quantizer in learned:
         quantizer.scale.requires_grad_(True)
         groups.append({"params": [quantizer.scale], "lr": chosen.scale_lr * quantizer.scale.mean().item()})
-    return torch.optim.Adam(groups), learned
+    return adam(groups), learned
