@@ -8,13 +8,13 @@ The canonical form is (outer, channels, inner): element (p, c, i) lies at ``(p *
 import torch
 from torch import Tensor
 
-from ._library import DTYPES, KINDS, LEVELS, check, cpu_level, level_number, library, reason, threads
+from ._library import BITS, DTYPES, KINDS, LEVELS, check, cpu_level, level_number, library, reason, threads
 
 __all__ = (
-    "DTYPES", "KINDS", "LEVELS", "activation_codes", "aligned_fake_quant", "aligned_fake_quant_backward", "cpu_level",
-    "fake_quant", "fake_quant_backward", "library", "log2_codes", "log2_fake_quant", "log2_fake_quant_backward",
-    "pack_codes", "perturbed_fake_quant", "perturbed_fake_quant_backward", "quantize_codes", "reason", "soft_round",
-    "soft_round_backward", "unpack_codes",
+    "BITS", "DTYPES", "KINDS", "LEVELS", "activation_codes", "aligned_fake_quant", "aligned_fake_quant_backward",
+    "cpu_level", "fake_quant", "fake_quant_backward", "library", "log2_codes", "log2_fake_quant",
+    "log2_fake_quant_backward", "pack_codes", "perturbed_fake_quant", "perturbed_fake_quant_backward",
+    "quantize_codes", "reason", "soft_round", "soft_round_backward", "unpack_codes",
 )  # fmt: skip
 
 

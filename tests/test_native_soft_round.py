@@ -4,7 +4,7 @@ import pytest
 import torch
 from backends import assert_as_good, assert_same, run
 from cases import cases
-from ttaq.kernels import _native
+from ttaq.kernels import _library, _native
 from ttaq.kernels import soft_round as sr
 
 LEVELS = _native.LEVELS[: _native.LEVELS.index(_native.cpu_level() or "base") + 1]
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(_native.library("cpu") is None, reason=str(_nati
 
 @pytest.fixture(params=LEVELS, autouse=True)
 def level(request, monkeypatch):
-    monkeypatch.setattr(_native, "cpu_level", lambda: request.param)
+    monkeypatch.setattr(_library, "cpu_level", lambda: request.param)
     return request.param
 
 
