@@ -121,6 +121,10 @@ def _activations(*shape):
     return codes, torch.tensor(0.1), torch.tensor(128, dtype=torch.int32), 8
 
 
+def _single():
+    return torch.tensor(0.1), torch.tensor(7, dtype=torch.int32)
+
+
 _GEOMETRY = ([1, 1], [1, 1], [0, 0], [1, 1], 1)  # kernel_size, stride, padding, dilation, groups
 
 
@@ -139,6 +143,13 @@ SAMPLES: dict[str, Callable[[], tuple]] = {
     "fake_quant_backward": lambda: (_rows(), _rows(), *_grid()),
     "perturbed_fake_quant": lambda: (_rows(), *_perturbation()),
     "perturbed_fake_quant_backward": lambda: (_rows(), _rows(), *_perturbation()),
+    "prologue_fake_quant": lambda: (_rows(), None, None, None, *_single(), "gelu", 1e-6, True, 0, 15, 1),
+    "prologue_fake_quant_backward": lambda: (
+        _rows(), None, _rows(), None, None, *_single(), "gelu", 1e-6, 0, 15, 1,
+    ),
+    "log2_fake_quant": lambda: (_rows(), torch.tensor(1.0), 15, 1),
+    "log2_fake_quant_backward": lambda: (_rows(), _rows(), torch.tensor(1.0), 15, 1),
+    "log2_codes": lambda: (_rows(), torch.tensor(1.0), 15, 1),
     "soft_round": lambda: (_rows(), _rows(), *_grid()[:2], torch.tensor(2.0), *_grid()[2:], 1),
     "soft_round_backward": lambda: (
         _rows(), torch.tensor(1.0), torch.ones(16), _rows(), _rows(), *_grid()[:2], torch.tensor(2.0), *_grid()[2:], 1,
