@@ -65,6 +65,9 @@ def time_steps(options: argparse.Namespace) -> int:
             rows.append([row], options.results)
             share = step.products_share(subject, options.batch)
             print(f"{tables.summary([row])}; products are {share:.0%} of ours", flush=True)
+            if options.compiled:
+                passes = step.compiled(subject, options.batch, 10.0)
+                print("; ".join(f"{name} {time * 1e3:.0f} ms" for name, time in passes.items()), flush=True)
     return 0
 
 
@@ -119,6 +122,7 @@ def _parser():
     steps = commands.add_parser("step", help="measure a step of reconstruction against the same step in eager torch")
     steps.add_argument("--batch", type=int, default=32, help="images a step")
     steps.add_argument("--quick", action="store_true", help="little time")
+    steps.add_argument("--compiled", action="store_true", help="also time a pass of each block under torch.compile")
     steps.add_argument("--case", default="", help="only the blocks whose name holds this")
     steps.add_argument("--commit", help="of a tree that travels without its history")
     steps.set_defaults(command=time_steps)

@@ -7,7 +7,7 @@ products and convolutions, forward and backward by inputs and weights.
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from unittest.mock import patch
 
@@ -182,3 +182,29 @@ def products_share(subject: Subject, batch: int) -> float:
         next(step)
     times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
     return sum(times.get(name, 0) for name in PRODUCTS) / sum(times.values())
+
+
+def compiled(subject: Subject, batch: int, seconds: float) -> dict[str, float]:
+    """Time a forward and backward pass of the simulated block: the opaque ops and their compositions, compiled or not.
+
+    Returns:
+        Median seconds by name; "compiled, composed" is what Inductor makes of a traceable reference.
+    """
+    stage = Stage(subject, batch)
+
+    def call(model, context):
+        run = lambda: model(stage.inputs[:batch]).square().mean().backward()  # noqa: E731
+        return lambda: _within(context, run)
+
+    calls = {}
+    for name, context in (("opaque", nullcontext), ("composed", composed_ops)):
+        eager = copy.deepcopy(stage.model).train()
+        calls[f"eager, {name}"] = [call(eager, context)]
+        calls[f"compiled, {name}"] = [call(torch.compile(copy.deepcopy(eager)), context)]
+    torch.compiler.reset()
+    return {name: timing.p50 for name, timing in in_turn(calls, "cpu", seconds).items()}
+
+
+def _within(context, run):
+    with context():
+        run()

@@ -21,6 +21,8 @@ def show(path: Path, options: argparse.Namespace) -> int:
     if options.figure:
         _draw(rows, Path(options.figure))
     print(table(rows), end="")
+    if any(row["pass"] != "1" for row in rows):
+        print("\n" + passes(rows), end="")
     return 0
 
 
@@ -40,6 +42,43 @@ def table(rows: list[dict]) -> str:
         values = [_spread(found[method].values()) if method in found else "" for method in methods]
         lines.append("| " + " | ".join([*cell, *values, _paired(found.get("ttaq", {}), found.get("qdrop", {}))]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def passes(rows: list[dict]) -> str:
+    """Draw Markdown: a line a loss, the mean error of each walk through a stream, over the seeds that have all of them.
+
+    Behind it the difference of the last walk to the entropy loss, paired by seed with its standard error, and the share
+    that it recovers of what the entropy loss gives away from its best walk to its last, where that is over a point.
+    """
+    last = max(row["pass"] for row in rows)
+    walks = [str(number + 1) for number in range(int(last))]
+    head = ["bits", "method", "statistics", "stream", "loss", *walks, "- entropy", "recovered"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for (*key, loss), found in (groups := _walks(rows, walks)).items():
+        partner = groups.get((*key, "entropy"), {})
+        means = [statistics.fmean(errors[walk] for errors in found.values()) for walk in range(len(walks))]
+        gain = share = ""
+        if partner and loss != "entropy":
+            gain = _paired(*({seed: errors[-1] for seed, errors in side.items()} for side in (found, partner)))
+            theirs = [statistics.fmean(partner[seed][walk] for seed in found) for walk in range(len(walks))]
+            lost = theirs[-1] - min(theirs)
+            share = f"{(theirs[-1] - means[-1]) / lost:.0%}" if lost > 1 else ""
+        lines.append("| " + " | ".join([*key, loss, *(f"{mean:.2f}" for mean in means), gain, share]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _walks(rows, walks):
+    """Arrange Tent's rows as (bits, method, statistics, stream, loss) -> seed -> the errors of all walks."""
+    found: dict[tuple, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in (row for row in rows if row["adapter"] == "tent"):
+        key = tuple(row[name] for name in ("bits", "method", "statistics", "stream", "loss"))
+        found[key][row["seed"]][row["pass"]] = float(row["error"])
+    whole = {
+        key: {seed: [errors[walk] for walk in walks] for seed, errors in seeds.items() if len(errors) == len(walks)}
+        for key, seeds in sorted(found.items())
+    }
+    shared = {key: set(whole.get((*key[:-1], "entropy"), seeds)) & set(seeds) for key, seeds in whole.items()}
+    return {key: {seed: seeds[seed] for seed in sorted(shared[key])} for key, seeds in whole.items() if shared[key]}
 
 
 def paired(one: dict, other: dict) -> tuple[float, float, int]:

@@ -47,12 +47,13 @@ class Variant:
         return tile // (32 * self.warps)
 
 
-def _tiled(module: str, kernel: str, name: str, pointers: dict, **constants) -> Variant:
-    """Describe a kernel over an (R, W) matrix whose columns are a multiple of 16."""
+def _tiled(module: str, kernel: str, name: str, pointers: dict, *, moves: int = 0, **constants) -> Variant:
+    """Describe a kernel over an (R, W) matrix whose columns are a multiple of 16, and the bytes an element moves."""
     sizes = {"R": "i32", "W": "i32:16", "C": "i32", "qmin": "fp32", "qmax": "fp32"}
-    return Variant(module, kernel, name, {**sizes, **pointers, **constants})
+    return Variant(module, kernel, name, {**sizes, **pointers, **constants}, bytes=moves)
 
 
+_SIZE = {"fp32": 4, "bf16": 2}
 _LAYOUTS = {
     "per tensor": {"R": 1, "C": 1, "BY_ROW": True, "BLOCK_R": 1},
     "per tensor, odd size": {"R": 1, "W": "i32", "C": 1, "BY_ROW": True, "BLOCK_R": 1},
@@ -68,10 +69,11 @@ def _fake_quant_variants() -> Iterator[Variant]:
             name = f"{dtype}, {layout}"
             pointers = {"x_ptr": x, "y_ptr": x, **scales}
             block = {"BLOCK_W": 2048 // shape["BLOCK_R"]}
-            yield _tiled("fake_quant", "_fake_quant_kernel", name, pointers, **shape, **block)
+            yield _tiled("fake_quant", "_fake_quant_kernel", name, pointers, moves=2 * _SIZE[dtype], **shape, **block)
             pointers = {"grad_ptr": x, "dx_ptr": x, "dscale_ptr": "*fp32", "dzero_ptr": "*fp32", **pointers}
             block = {"BLOCK_W": 1024 // shape["BLOCK_R"], "STEPS": 8}
-            yield _tiled("fake_quant", "_fake_quant_backward_kernel", name, pointers, **shape, **block)
+            moves = 3 * _SIZE[dtype]
+            yield _tiled("fake_quant", "_fake_quant_backward_kernel", name, pointers, moves=moves, **shape, **block)
 
 
 def _perturb_variants() -> Iterator[Variant]:
@@ -81,9 +83,10 @@ def _perturb_variants() -> Iterator[Variant]:
     for dtype, kind, bits in [*product(("fp32",), pt.KINDS, (0, 32)), ("bf16", "drop", 0)]:
         pointers = dict.fromkeys(("grad_ptr", "x_ptr", "y_ptr", "dx_ptr"), f"*{dtype}")
         args = {**pointers, **constants, "KIND": pt.KINDS.index(kind), "CHANNELS": bits}
-        for kernel in ("_perturb_kernel", "_perturb_backward_kernel"):
+        bound = dtype == "fp32" and not bits  # bf16 and spreads by channel issue more than memory would hide
+        for kernel, moves in (("_perturb_kernel", 8), ("_perturb_backward_kernel", 12)):
             name = f"{dtype}, {kind}" + (", per channel" if bits else "")
-            yield Variant("perturb", kernel, name, args, wide=dtype == "fp32")
+            yield Variant("perturb", kernel, name, args, wide=dtype == "fp32", bytes=moves if bound else 0)
 
 
 def _prologue_variants() -> Iterator[Variant]:
@@ -102,8 +105,9 @@ def _prologue_variants() -> Iterator[Variant]:
         )
         rest = {**sizes, **shape, **flags, "BEFORE": pg.KINDS.index(kind)}
         name = f"{dtype}, {before}, {layout}" + (", all" if flags["ADD"] else "")
-        for kernel in ("_prologue_kernel", "_prologue_backward_kernel"):
-            tiled = _tiled("prologue", kernel, name, pointers, **rest)
+        for kernel, alone in (("_prologue_kernel", 2), ("_prologue_backward_kernel", 3)):
+            moves = 4 * (4 if flags["ADD"] else alone) if dtype == "fp32" else 0
+            tiled = _tiled("prologue", kernel, name, pointers, moves=moves, **rest)
             yield replace(tiled, warps=pg._warps(shape["BLOCK_R"] * shape["BLOCK_W"], _TORCH[dtype]))
 
 
@@ -112,8 +116,9 @@ def _log2_variants() -> Iterator[Variant]:
     constants = {**sizes, "qmax": "i32", "BLOCK": lg.TILE, "STEPS": 2}
     for dtype, roots in product(("fp32", "bf16"), (1, 2)):
         args = {**dict.fromkeys(("grad_ptr", "x_ptr", "y_ptr", "dx_ptr"), f"*{dtype}"), **constants, "ROOTS": roots}
-        for kernel in ("_log2_fake_quant_kernel", "_log2_fake_quant_backward_kernel", "_log2_codes_kernel"):
-            yield Variant("log2", kernel, f"{dtype}, roots {roots}", args)
+        for kernel, moves in (("fake_quant", 8), ("fake_quant_backward", 12), ("codes", 5)):
+            bound = moves if dtype == "fp32" else 0
+            yield Variant("log2", f"_log2_{kernel}_kernel", f"{dtype}, roots {roots}", args, bytes=bound)
 
 
 def _soft_round_variants() -> Iterator[Variant]:

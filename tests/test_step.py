@@ -71,3 +71,10 @@ def test_products_take_a_share(step, subject):
 def test_subjects_are_those_of_real_networks(step):
     for subject in step.subjects():
         assert subject.build()(torch.randn(1, *subject.shape)).ndim == len(subject.shape) + 1
+
+
+def test_a_pass_is_timed_compiled_and_not(step, subject, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    assert list(step.compiled(subject, 4, 0.01)) == [
+        f"{how}, {what}" for what in ("opaque", "composed") for how in ("eager", "compiled")
+    ]

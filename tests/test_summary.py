@@ -62,3 +62,22 @@ def test_the_figure_and_the_table_of_a_file(bench, tmp_path, capsys):
     assert capsys.readouterr().out == 2 * bench("summary").table(ROWS)
     assert main(["accuracy", "--out", str(path), "--table", "--steps", "20"]) == 0
     assert "99.00 (1)" in capsys.readouterr().out
+
+
+def test_walks_are_paired_by_seed_and_say_what_is_recovered(bench):
+    walked = {
+        ("entropy", 0): (30, 29, 33),
+        ("entropy", 1): (32, 31, 35),
+        ("abl", 0): (30, 29, 31),
+        ("abl", 1): (32, 31, 32),
+    }
+    rows = [
+        made("ttaq", seed, error, loss=loss, **{"pass": str(walk)})
+        for (loss, seed), errors in walked.items()
+        for walk, error in enumerate(errors, 1)
+    ]
+    rows += [made("ttaq", 2, 9.0), made("ttaq", 0, 50.0, adapter="norm", loss="")]  # one walk of three; no loss
+    assert bench("summary").passes(rows).splitlines()[2:] == [
+        "| w2a2 | ttaq | batch | iid | abl | 31.00 | 30.00 | 31.50 | -2.50 ± 0.50 (2) | 62% |",
+        "| w2a2 | ttaq | batch | iid | entropy | 31.00 | 30.00 | 34.00 |  |  |",
+    ]
