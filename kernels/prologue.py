@@ -95,8 +95,9 @@ def _through(dn, u, n, before, eps, du):
 def _seen(v, inside, axis):
     """Return what is seen of every channel; the least and the greatest pass over a NaN."""
     if v.numel() == 0:
-        empty = torch.tensor([0.0, 0.0, torch.inf, -torch.inf, 0.0], device=v.device)
-        return empty[:, None].repeat(1, 1 if axis is None else v.shape[axis])
+        seen = v.new_zeros((len(SEEN), 1 if axis is None else v.shape[axis]), dtype=torch.float32)
+        seen[2], seen[3] = torch.inf, -torch.inf
+        return seen
     rows, kept = (t.reshape(1, -1) if axis is None else t.movedim(axis, 0).flatten(1) for t in (v, inside))
     least, greatest = (rows.nan_to_num(end, torch.inf, -torch.inf) for end in (torch.inf, -torch.inf))
     found = (rows.sum(1), rows.square().sum(1), least.amin(1), greatest.amax(1), (~kept).sum(1))
@@ -310,8 +311,9 @@ def _pair(gain, shift, scale):
 
 def _gathered(seen):
     """Put partial results (5, outer, C, strips) together, (5, C)."""
-    sums = seen[[0, 1, 4]].sum((1, 3))
-    return torch.stack([sums[0], sums[1], seen[2].amin((0, 2)), seen[3].amax((0, 2)), sums[2]])
+    total, squares, least, greatest, clipped = seen
+    extremes = (least.amin((0, 2)), greatest.amax((0, 2)))
+    return torch.stack([total.sum((0, 2)), squares.sum((0, 2)), *extremes, clipped.sum((0, 2))])
 
 
 def launch_cpu(x, residual, gain, shift, scale, zero, before, eps, observe, qmin, qmax, axis):
