@@ -78,18 +78,20 @@ def forward(function: Callable) -> Binder:
 
 
 def backward(function: Callable) -> Binder:
-    """Bind the gradients alone: the graph is built once."""
+    """Bind the gradients alone: the graph is built once. A rival may give fewer of them."""
 
     def bind(inputs):
         outputs = function(*inputs.args)
-        return lambda: torch.autograd.grad(outputs, inputs.leaves, inputs.grads, retain_graph=True)
+        return lambda: torch.autograd.grad(outputs, inputs.leaves, inputs.grads, retain_graph=True, allow_unused=True)
 
     return bind
 
 
 def both(function: Callable) -> Binder:
     """Bind the function and then its gradients."""
-    return lambda inputs: lambda: torch.autograd.grad(function(*inputs.args), inputs.leaves, inputs.grads)
+    return lambda inputs: (
+        lambda: torch.autograd.grad(function(*inputs.args), inputs.leaves, inputs.grads, allow_unused=True)
+    )
 
 
 BINDERS = dict(zip(PASSES, (forward, backward, both), strict=True))

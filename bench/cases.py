@@ -30,22 +30,22 @@ def _fake_quant(device):
     large = ((1 << 20, "float32"), (1 << 22, "float32"), (1 << 24, "float32"), (1 << 22, "bfloat16"))
     if device == "cuda":
         large = (*large, (1 << 24, "bfloat16"), (1 << 28, "bfloat16"))
-    for size, dtype in ((1 << 16, "float32"), *large):
+    for size, dtype in ((64, "float32"), (1 << 12, "float32"), (1 << 16, "float32"), *large):
         for which in PASSES:
-            compiles = device == "cpu" or dtype == "bfloat16"
+            compiles = (device == "cpu" or dtype == "bfloat16") and size >= 1 << 16
             yield _fq_case((size,), None, 0, dtype, which, quick=size == 1 << 22, compiles=compiles)
     dtypes = ("float32",) if device == "cpu" else ("float32", "bfloat16")
     for layout, shape, axis, group in _FQ_SHAPES:
         for dtype, which in product(dtypes, PASSES):
             yield _fq_case(shape, axis, group, dtype, which, layout)
     if device == "cuda":
-        for size, which in product((1 << 16, 1 << 20, 1 << 24), PASSES):
+        for size, which in product((64, 1 << 16, 1 << 20, 1 << 24), PASSES):
             yield _as_graph(_fq_case((size,), None, 0, "bfloat16", which, compiles=True))
 
 
 def _as_graph(case):
     """Time the replays of a CUDA graph; torch's learnable op waits for the host and cannot be captured."""
-    against = {name: bind for name, bind in case.rivals.items() if name != "torch learnable"}
+    against = {name: bind for name, bind in case.rivals.items() if name not in ("torch learnable", "brevitas")}
     return replace(case, name=f"{case.name}, graph", rivals=against, graph=True)
 
 
@@ -53,6 +53,9 @@ _FQ_SHAPES = (
     ("weight of ResNet-50 layer4", (512, 512, 3, 3), 0, 0),
     ("ResNet-50 layer1, NCHW", (8, 256, 56, 56), 1, 0),
     ("ResNet-50 layer1, channels-last", (8, 256, 56, 56), 1, 0),
+    ("ViT-S tokens", (32, 197, 384), None, 0),
+    ("ViT-L tokens", (32, 197, 1024), None, 0),
+    ("ViT-g tokens", (8, 257, 1536), None, 0),
     ("ViT-B tokens", (32, 197, 768), None, 0),
     ("ViT-B tokens", (32, 197, 768), 2, 0),
     ("ViT-B tokens", (32, 197, 768), None, 768),
@@ -64,6 +67,9 @@ def _fq_case(shape, axis, group, dtype, which, layout="", *, quick=False, compil
     count, bind = _count(shape), BINDERS[which]
     grid = {"qmin": 0, "qmax": 15, "axis": axis, "group": group}
     against = {"composed eager LSQ": partial(rivals.lsq, **grid), "torch learnable": partial(rivals.learnable, **grid)}
+    against["torch fixed, no scale gradient"] = partial(rivals.fixed, **grid)
+    if rivals.installed("brevitas"):
+        against["brevitas"] = partial(rivals.brevitas, **grid)
     if compiles:
         against["torch.compile"] = rivals.compiled(against["composed eager LSQ"])
 
@@ -263,6 +269,8 @@ def _count(shape):
 
 
 def _size(count):
+    if count < 1 << 10:
+        return str(count)
     return f"{count >> 20}M" if count >= 1 << 20 else f"{count >> 10}K"
 
 

@@ -86,6 +86,9 @@ def case(place: Place, dtype: str, which: str) -> Case:
     separate = partial(rivals.prologue, observe=place.observe and which == "forward", quantise=ops.fake_quant, **rest)
     tensors = {"forward": 2, "backward": 3, "both": 5}[which] + (2 if place.residual else 0)
     moved = torch.Size(place.shape).numel() * DTYPES[dtype].itemsize * tensors
+    against = {"composed eager": bind(composed), "torch, then fake_quant": bind(separate)}
+    if which == "both":
+        against["torch.compile"] = bind(rivals.compiled(composed))
     return Case(
         op="prologue_fake_quant" if which == "forward" else "prologue_fake_quant_backward",
         name=f"{place.name}, {'forward + backward' if which == 'both' else which}",
@@ -93,11 +96,7 @@ def case(place: Place, dtype: str, which: str) -> Case:
         make=make,
         raw=raw,
         ours=bind(ours),
-        rivals={
-            "composed eager": bind(composed),
-            "torch.compile": bind(rivals.compiled(composed)),
-            "torch, then fake_quant": bind(separate),
-        },
+        rivals=against,
         ceiling=copy_bytes(moved),
         exact=exact,
         bytes=moved,

@@ -1,5 +1,6 @@
 """What ours is compared with: the same computation as a user of torch would write it, or torch's own op."""
 
+import importlib.util
 from collections.abc import Callable
 from functools import cache
 
@@ -37,6 +38,38 @@ def learnable(x: Tensor, scale: Tensor, zero: Tensor, *, qmin: int, qmax: int, a
     else:
         y = torch._fake_quantize_learnable_per_channel_affine(wide, scale, zero, axis, qmin, qmax, 1.0)
     return y.to(x.dtype)
+
+
+def fixed(x: Tensor, scale: Tensor, zero: Tensor, *, qmin: int, qmax: int, axis: int | None, group: int) -> Tensor:
+    """Call torch's own fake quantisation on a fixed grid: it stores a mask and gives no gradient of the scale."""
+    wide, scale = x.float(), scale.detach()
+    if group:
+        rows = wide.reshape(-1, group)
+        y = torch.fake_quantize_per_channel_affine(rows, scale.reshape(-1), zero.reshape(-1), 0, qmin, qmax)
+        return y.reshape(x.shape).to(x.dtype)
+    if axis is None:
+        return torch.fake_quantize_per_tensor_affine(wide, scale, zero, qmin, qmax).to(x.dtype)
+    return torch.fake_quantize_per_channel_affine(wide, scale, zero, axis, qmin, qmax).to(x.dtype)
+
+
+def brevitas(x: Tensor, scale: Tensor, zero: Tensor, *, qmin: int, qmax: int, axis: int | None, group: int) -> Tensor:
+    """Call the integer quantiser of brevitas, which passes no gradient through what it clamps but to the scale."""
+    wide, scale, zero = _aligned(x.float(), scale, zero.float(), axis, group)
+    return _brevitas()(scale, zero, wide.new_full((), qmax.bit_length()), wide).reshape(x.shape).to(x.dtype)
+
+
+@cache
+def _brevitas():
+    from brevitas.core.function_wrapper import RoundSte, TensorClamp
+    from brevitas.core.quant.int_base import IntQuant
+
+    parts = {"float_to_int_impl": RoundSte(), "tensor_clamp_impl": TensorClamp()}
+    return IntQuant(narrow_range=False, signed=False, input_view_impl=torch.nn.Identity(), **parts)
+
+
+def installed(name: str) -> bool:
+    """Say whether a rival's package is there."""
+    return importlib.util.find_spec(name) is not None
 
 
 def perturbed(
