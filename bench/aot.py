@@ -78,7 +78,7 @@ def _row(variant, arch):
         wide_stores=count(r"(STG|UTMASTG).*(128|TMA)"),
         instructions=len(opcodes),
         per_element=shortest_way(sass) / variant.elements if variant.elements else None,
-        fused=len(re.findall(r"\bfma\.rn\.(?!ftz)", ptx)),  # the ftz ones are those of exp and log
+        fused=len(re.findall(r"\bfma\.rn\.(?!ftz|bf16)", ptx)),  # ftz: in exp and log; bf16: x * 1 + y, a sum
         exact_divisions=len(re.findall(r"\bdiv\.rn\.", ptx)),
         approximate_divisions=len(re.findall(r"\bdiv\.(full|approx)\.", ptx)),
         tensor_core=tuple(sorted({o.split(".")[0] for o in opcodes if re.match(r"(HMMA|IMMA|HGMMA|IGMMA|QGMMA)", o)})),

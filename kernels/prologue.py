@@ -109,6 +109,12 @@ def _nothing(x):
 
 
 @jit
+def _mean(tile, W):
+    """Return the mean over W values of each row, as a column."""
+    return (tl.sum(tile, axis=1) * tl.div_rn(1.0, W.to(tl.float32)))[:, None]
+
+
+@jit
 def _normal_tile(u, column, W, eps, BEFORE: tl.constexpr, BLOCK_W: tl.constexpr):
     """Return (n, 1 / sqrt(var + eps)) of a tile; a LayerNorm has its whole rows in it."""
     rstd = 0.0
@@ -116,8 +122,8 @@ def _normal_tile(u, column, W, eps, BEFORE: tl.constexpr, BLOCK_W: tl.constexpr)
         u = 0.5 * u * (1.0 + tl.erf(u * 0.7071067811865476))
     if BEFORE == 2:
         inside = (column + tl.arange(0, BLOCK_W) < W)[None, :]
-        u = tl.where(inside, u - (tl.sum(u, axis=1) / W)[:, None], 0.0)
-        rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(u * u, axis=1) / W + eps))[:, None]
+        u = tl.where(inside, u - _mean(u, W), 0.0)
+        rstd = tl.div_rn(1.0, tl.sqrt_rn(_mean(u * u, W) + eps))
         u = u * rstd
     return u, rstd
 
@@ -181,12 +187,14 @@ def _prologue_backward_kernel(
     TALL: tl.constexpr = BLOCK_R if BY_ROW else BLOCK_R * STEPS
     WIDE: tl.constexpr = BLOCK_W * STEPS if BY_ROW else BLOCK_W
     AXIS: tl.constexpr = 1 if BY_ROW else 0
+    LONG: tl.constexpr = BEFORE == 2 and BLOCK_W > 2048
     row, column = locate(R, W, TALL, WIDE)
     scale, zero = tl.load(scale_ptr), round_half_even(tl.load(zero_ptr).to(tl.float32))
     if ALIGN:
         gain, shift = load_pair(gain_ptr, shift_ptr, row, column, C, W, BY_ROW, BLOCK_R, BLOCK_W)
-    dscale = tl.zeros((BLOCK_R, BLOCK_W), tl.float32)
-    dzero, dgain, dshift = dscale, dscale, dscale
+    dgain = tl.zeros((BLOCK_R, BLOCK_W), tl.float32)
+    dshift, dscale = dgain, tl.sum(dgain, axis=1) if LONG else dgain  # a long row has no registers to spare
+    dzero = dscale
     for step in range(STEPS):
         r = row if BY_ROW else row + step * BLOCK_R
         c = column + step * BLOCK_W if BY_ROW else column
@@ -196,8 +204,10 @@ def _prologue_backward_kernel(
         ratio = tl.div_rn(n * gain + shift if ALIGN else n, scale)
         code = round_half_even(ratio) + zero
         inside = (code >= qmin) & (code <= qmax)
-        dscale += grad * (clamp(code, qmin, qmax) - zero - tl.where(inside, ratio, 0.0))
-        dzero += tl.where(inside, 0.0, -grad * scale)
+        to_scale = grad * (clamp(code, qmin, qmax) - zero - tl.where(inside, ratio, 0.0))
+        to_zero = tl.where(inside, 0.0, -grad * scale)
+        dscale += tl.sum(to_scale, axis=1) if LONG else to_scale
+        dzero += tl.sum(to_zero, axis=1) if LONG else to_zero
         dn = tl.where(inside, grad, 0.0)
         if ALIGN:
             dgain += dn * n
@@ -207,7 +217,7 @@ def _prologue_backward_kernel(
             density = tl.exp(-0.5 * u * u) * 0.3989422804014327
             dn = dn * (0.5 * (1.0 + tl.erf(u * 0.7071067811865476)) + u * density)
         if BEFORE == 2:
-            dn = rstd * (dn - (tl.sum(dn, axis=1) / W)[:, None] - n * (tl.sum(dn * n, axis=1) / W)[:, None])
+            dn = rstd * (dn - _mean(dn, W) - n * _mean(dn * n, W))
         if ADD:
             dn += load_tile(du_ptr, r, c, R, W, BLOCK_R, BLOCK_W)
         store_tile(dx_ptr, dn, r, c, R, W, BLOCK_R, BLOCK_W)

@@ -31,7 +31,7 @@ def prologue(layouts, not_finite) -> Samples:
             few = layout in ("per_tensor", "rows", "columns", "images-channels_last")
             for what, wanted in PLAIN.items() if few else [("all", PLAIN["all"])]:
                 yield f"{what}-{layout}-{name}", _args(wanted, x, axis, random)
-        shapes = {"tokens": (2, 13, 48), "odd": (5, 130), "long": (3, 1000), "short": (40, 5)}
+        shapes = {"tokens": (2, 13, 48), "odd": (5, 130), "long": (3, 1000), "short": (40, 5), "wide": (2, 2500)}
         for (what, wanted), (size, shape) in product(TOKENS.items(), shapes.items()):
             yield f"{what}-{size}-{name}", _args(wanted, draw(*shape), len(shape) - 1, random)
         yield f"norm-all-empty-{name}", _args(TOKENS["norm-all"], draw(0, 6), 1, random)
