@@ -60,7 +60,8 @@ def reference_backward(grad, du, u, gain, shift, scale, zero, before, eps, qmin,
     dscale = (upstream * torch.where(inside, rounded - ratio, torch.clamp(code, qmin, qmax) - origin)).sum()
     dzero = torch.where(inside, 0.0, -upstream * scale).sum()
     dv = torch.where(inside, upstream, 0.0)
-    dgain, dshift = (reduce(t, axis, 0).reshape(-1) if gain is not None else _nothing(u) for t in (dv * n, dv))
+    sums = (reduce(t, axis, 0).reshape(-1) for t in (dv * n, dv))
+    dgain, dshift = (_nothing(u) if gain is None else t.to(gain.dtype) for t in sums)
     du = _through(dv if gain is None else dv * _spread(gain, dv, axis), u, n, before, eps, du)
     return torch.empty_like(u).copy_(du), dgain, dshift, dscale.to(scale.dtype), dzero.to(scale.dtype)
 
@@ -98,7 +99,9 @@ def _seen(v, inside, axis):
         seen = v.new_zeros((len(SEEN), 1 if axis is None else v.shape[axis]), dtype=torch.float32)
         seen[2], seen[3] = torch.inf, -torch.inf
         return seen
-    rows, kept = (t.reshape(1, -1) if axis is None else t.movedim(axis, 0).flatten(1) for t in (v, inside))
+    rows, kept = (
+        t.reshape(1, -1) if axis is None else t.movedim(axis, 0).reshape(v.shape[axis], -1) for t in (v, inside)
+    )
     least, greatest = (rows.nan_to_num(end, torch.inf, -torch.inf) for end in (torch.inf, -torch.inf))
     found = (rows.sum(1), rows.square().sum(1), least.amin(1), greatest.amax(1), (~kept).sum(1))
     return torch.stack([t.float() for t in found])
@@ -171,6 +174,7 @@ def _prologue_kernel(
             )
         else:
             at, mask = row // TALL * W + column + tl.arange(0, BLOCK_W), column + tl.arange(0, BLOCK_W) < W
+        parts = tl.cast(parts, tl.int64)
         tl.store(seen_ptr + at, tl.sum(total, axis=AXIS), mask=mask)
         tl.store(seen_ptr + parts + at, tl.sum(squares, axis=AXIS), mask=mask)
         tl.store(seen_ptr + 2 * parts + at, tl.min(least, axis=AXIS), mask=mask)
@@ -253,6 +257,10 @@ def launch(x, residual, gain, shift, scale, zero, before, eps, observe, qmin, qm
     y, u = torch.empty_like(x), _nothing(x).to(x.dtype) if residual is None else torch.empty_like(x)
     if x.numel() == 0:
         return y, u, _seen(x.float(), x == x, axis) if observe else _nothing(x)
+    if _scattered(y, before):
+        near = (t if t is None else t.contiguous() for t in (x, residual))
+        outputs = launch(*near, gain, shift, scale, zero, before, eps, observe, qmin, qmax, axis)
+        return y.copy_(outputs[0]), u if residual is None else u.copy_(outputs[1]), outputs[2]
     sizes, shape, programs, tiles, warps = _tiling(y, before, eps, qmin, qmax, axis)
     seen = torch.empty((len(SEEN), *shape) if observe else 0, dtype=torch.float32, device=x.device)
     entering = (in_order_of(x, y), x if residual is None else in_order_of(residual, y))
@@ -271,6 +279,10 @@ def launch_backward(grad, du, u, gain, shift, scale, zero, before, eps, qmin, qm
     if u.numel() == 0:
         empty = [_nothing(u) if gain is None else torch.zeros_like(gain) for _ in range(2)]
         return dx, *empty, torch.zeros_like(scale), torch.zeros_like(scale)
+    if _scattered(dx, before):
+        near = (t if t is None else t.contiguous() for t in (grad, du, u))
+        found, *sums = launch_backward(*near, gain, shift, scale, zero, before, eps, qmin, qmax, axis)
+        return dx.copy_(found), *sums
     sizes, shape, programs, tiles, warps = _tiling(dx, before, eps, qmin, qmax, axis)
     dgrid = torch.empty((2, programs), dtype=torch.float32, device=u.device)
     dalign = torch.empty(0 if gain is None else (2, *shape), dtype=torch.float32, device=u.device)
@@ -282,6 +294,11 @@ def launch_backward(grad, du, u, gain, shift, scale, zero, before, eps, qmin, qm
         )  # fmt: skip
     aligned = (dalign, _nothing(u)) if gain is None else dalign.sum((1, 3)).unbind()
     return dx, *aligned, *dgrid.sum(1).unbind()
+
+
+def _scattered(y, before):
+    """Say whether the rows of a LayerNorm do not lie together in the memory of `y`."""
+    return before == "layer_norm" and y.stride(-1) != 1
 
 
 def _tiling(y, before, eps, qmin, qmax, axis):

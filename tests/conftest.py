@@ -114,3 +114,11 @@ def bench():
     sys.path.append(str(ROOT))
     yield lambda name: importlib.import_module(f"bench.{name}")
     sys.path.remove(str(ROOT))
+
+
+@pytest.fixture
+def threads():
+    """Give the function that sets torch's number of threads; it is as before after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -34,6 +34,9 @@ def prologue(layouts, not_finite) -> Samples:
         shapes = {"tokens": (2, 13, 48), "odd": (5, 130), "long": (3, 1000), "short": (40, 5), "wide": (2, 2500)}
         for (what, wanted), (size, shape) in product(TOKENS.items(), shapes.items()):
             yield f"{what}-{size}-{name}", _args(wanted, draw(*shape), len(shape) - 1, random)
+        for where, x in (("patches", draw(2, 8, 3, 4).flatten(2).transpose(1, 2)), ("transposed", draw(9, 6).T)):
+            yield f"norm-all-{where}-{name}", _args(TOKENS["norm-all"], x, x.ndim - 1, random)
+        yield f"all-row-{name}", _args(PLAIN["all"], draw(17), 0, random)
         yield f"norm-all-empty-{name}", _args(TOKENS["norm-all"], draw(0, 6), 1, random)
         yield f"norm-one-{name}", _args(TOKENS["norm"], draw(4, 1), 1, random)
         x = not_finite(dtype)[0]

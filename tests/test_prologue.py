@@ -117,16 +117,16 @@ def test_every_kernel_takes_every_case_but_a_layer_norm_of_one():
 
 @pytest.mark.skipif(_native.library("cpu") is None, reason=str(_native.reason("cpu")))
 @pytest.mark.parametrize("form", [(1, 1, 40_001), (2, 3, 17_000), (7, 3, 200), (70, 1025, 1), (131, 6, 4)], ids=str)
-def test_every_instruction_set_and_number_of_threads_agrees(form):
-    generator, before = torch.Generator().manual_seed(0), torch.get_num_threads()
+def test_every_instruction_set_and_number_of_threads_agrees(form, threads):
+    generator = torch.Generator().manual_seed(0)
     x, grad = (torch.randn(form, generator=generator) for _ in range(2))
     gain, shift = (torch.rand(form[1], generator=generator) for _ in range(2))
     scale, zero = torch.tensor(0.2), torch.tensor(3.0)
     args = (x, None, gain, shift, scale, zero, "none", 0.0, True, 0, 15, 1)
     wanted, found = pg.reference(*args), {}
     for level in LEVELS:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
+        for count in (1, 2, 5):
+            threads(count)
             y, seen = torch.full_like(x, torch.nan), torch.full((5, form[1]), torch.nan)
             _native.aligned_fake_quant(x, y, gain, shift, scale, zero, seen, 0, 15, *form, level)
             dx, sums = (
@@ -140,7 +140,6 @@ def test_every_instruction_set_and_number_of_threads_agrees(form):
             assert all(
                 torch.equal(a, b) for a, b in zip([seen, *sums], found.setdefault(level, [seen, *sums]), strict=True)
             )
-    torch.set_num_threads(before)
 
 
 def _composed(x, residual, gain, shift, scale, zero, before, eps, axis):

@@ -6,6 +6,7 @@ learning); Nagel et al., arXiv:2004.10568 (learned rounding).
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -114,23 +115,30 @@ class BlockLearner:
         if not self.layers and not learned:
             return
         optimizer, scheduler = self._optimizers(learned)
+        size = min(self.schedule.batch_size, len(targets))
+        with self._dropping():
+            for step in range(self.schedule.steps):
+                picked = torch.randint(len(targets), (size,), device=targets.device)
+                x, target = quantised.index_select(0, picked), targets.index_select(0, picked)
+                if self.schedule.drop:
+                    _mix(x, floats.index_select(0, picked), self.schedule.drop)
+                optimizer.zero_grad()
+                loss = self._loss(step, x, target, picked, extra)
+                loss.backward()
+                optimizer.step()
+                scheduler.step()
+                clamp_scales(learned)
+                yield loss.detach()
+
+    @contextmanager
+    def _dropping(self) -> Iterator[None]:
         for quantizer in self.activations:
             quantizer.drop = self.schedule.drop
-        size = min(self.schedule.batch_size, len(targets))
-        for step in range(self.schedule.steps):
-            picked = torch.randint(len(targets), (size,), device=targets.device)
-            x, target = quantised.index_select(0, picked), targets.index_select(0, picked)
-            if self.schedule.drop:
-                _mix(x, floats.index_select(0, picked), self.schedule.drop)
-            optimizer.zero_grad()
-            loss = self._loss(step, x, target, picked, extra)
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-            clamp_scales(learned)
-            yield loss.detach()
-        for quantizer in self.activations:
-            quantizer.drop = 0.0
+        try:
+            yield
+        finally:
+            for quantizer in self.activations:
+                quantizer.drop = 0.0
 
     def harden(self, inputs: Tensor, size: int = 128) -> None:
         """Decide the codes; where batches brought their own statistics, measure the stored ones on `inputs`."""
@@ -183,9 +191,9 @@ class BlockLearner:
 
 
 def _mix(x: Tensor, other: Tensor, share: float) -> None:
-    """Replace a share of the elements of `x` by those of `other`, at random: 15 bits an element, and no branch."""
+    """Replace a share of the elements of `x` by those of `other`, both finite, at random with 15 bits an element."""
     chosen = torch.empty_like(x, dtype=torch.int16).random_() < share * (1 << 15)
-    x.lerp_(other, chosen.to(x.dtype))
+    x.lerp_(other, chosen.to(x.dtype))  # faster than torch.where
 
 
 def layers_of(model: nn.Module, block: Block) -> dict[str, QuantLinear | QuantConv2d]:

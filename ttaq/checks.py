@@ -67,7 +67,12 @@ def check_perturbation(op, x, scale, zero, kind, spread, seed, axis):
 
 def check_prologue(op, x, residual, gain, shift, scale, zero, before, axis):
     """Raise one sentence when what stands before the quantiser does not fit; return the axis, at least 0, or None."""
-    check_scales(op, x, scale, zero, None, 0)
+    check_devices(op, x, scale, zero)
+    if scale.shape != () or zero.shape != ():
+        raise ValueError(
+            f"{op}: scale and zero want shape (), got {tuple(scale.shape)} and {tuple(zero.shape)}; "
+            "use fake_quant for scales by channel, token or group"
+        )
     if before not in pg.KINDS:
         raise ValueError(f"{op}: before must be one of {', '.join(pg.KINDS)}, got {before!r}; use one of these")
     if axis is not None and not -x.ndim <= axis < x.ndim:
@@ -95,7 +100,11 @@ def check_prologue(op, x, residual, gain, shift, scale, zero, before, axis):
 
 def check_log2(op, x, scale, qmax, roots):
     """Raise one sentence when there is no such logarithmic grid."""
-    check_scales(op, x, scale, scale, None, 0)
+    check_devices(op, x, scale)
+    if scale.shape != ():
+        raise ValueError(
+            f"{op}: scale wants shape (), got {tuple(scale.shape)}; use the largest value, 1 for a softmax"
+        )
     if not 1 <= qmax <= lg.MOST_CODES or roots not in (1, 2):
         raise ValueError(
             f"{op}: wanted qmax from 1 to {lg.MOST_CODES} and roots 1 or 2, got {qmax} and {roots}; "

@@ -51,7 +51,7 @@ def settings(verb: str, kind: type, given: object | None, options: dict) -> obje
 
 
 def adam(groups: list[dict]) -> torch.optim.Adam:
-    """Give Adam over groups of parameters: all of an update in one pass over memory where torch has that."""
+    """Give Adam over groups of dense parameters: an update in one pass over their memory where torch has that."""
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for group in groups for p in group["params"])
     return torch.optim.Adam(groups, fused=fused)
 
