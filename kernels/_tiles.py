@@ -168,6 +168,18 @@ def load_pair(
 
 
 @jit
+def partial_place(row, column, R, W, TALL, WIDE, BY_ROW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return (where, mask) of the partial sums of the program at (row, column): one a row of its tile, or a column."""
+    if BY_ROW:
+        rows = row + tl.arange(0, ROWS)
+        at, mask = rows * tl.cdiv(W, WIDE) + column // WIDE, rows < R
+    else:
+        columns = column + tl.arange(0, COLUMNS)
+        at, mask = row // TALL * W + columns, columns < W
+    return at, mask
+
+
+@jit
 def load_scales(
     scale_ptr, zero_ptr, row, column, C, W, BY_ROW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):

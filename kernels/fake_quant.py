@@ -17,6 +17,7 @@ from ._tiles import (
     load_tile,
     locate,
     matrix,
+    partial_place,
     reduce,
     round_half_even,
     store_tile,
@@ -120,15 +121,10 @@ def _fake_quant_backward_kernel(
         store_tile(dx_ptr, tl.where(inside, grad, 0.0), r, c, R, W, BLOCK_R, BLOCK_W)
         dscale += grad * (clamp(code, qmin, qmax) - zero - tl.where(inside, ratio, 0.0))
         dzero += tl.where(inside, 0.0, -grad * scale)
-    rows, columns = row + tl.arange(0, BLOCK_R), column + tl.arange(0, BLOCK_W)
-    if BY_ROW:
-        at = rows * tl.cdiv(W, WIDE) + column // WIDE
-        tl.store(dscale_ptr + at, tl.sum(dscale, axis=1), mask=rows < R)
-        tl.store(dzero_ptr + at, tl.sum(dzero, axis=1), mask=rows < R)
-    else:
-        at = row // TALL * W + columns
-        tl.store(dscale_ptr + at, tl.sum(dscale, axis=0), mask=columns < W)
-        tl.store(dzero_ptr + at, tl.sum(dzero, axis=0), mask=columns < W)
+    AXIS: tl.constexpr = 1 if BY_ROW else 0
+    at, mask = partial_place(row, column, R, W, TALL, WIDE, BY_ROW, BLOCK_R, BLOCK_W)
+    tl.store(dscale_ptr + at, tl.sum(dscale, axis=AXIS), mask=mask)
+    tl.store(dzero_ptr + at, tl.sum(dzero, axis=AXIS), mask=mask)
 
 
 def launch(x, scale, zero, qmin, qmax, axis, group):

@@ -225,6 +225,4 @@ def _refuses_tensors(x, scale):
         return f"x is {x.dtype}; the kernel takes float32, float16 and bfloat16"
     if scale.dtype != torch.float32:
         return f"scale is {scale.dtype}; the kernel takes float32"
-    if x.is_neg():
-        return "x is a negated view of memory; the kernel takes x.resolve_neg()"
     return None

@@ -23,6 +23,7 @@ from ._tiles import (
     load_tile,
     locate,
     matrix,
+    partial_place,
     reduce,
     round_half_even,
     store_tile,
@@ -167,13 +168,7 @@ def _prologue_kernel(
             least = tl.minimum(least, tl.where(there & (v == v), v, float("inf")))
             greatest = tl.maximum(greatest, tl.where(there & (v == v), v, -float("inf")))
     if OBSERVE:
-        if BY_ROW:
-            at, mask = (
-                (row + tl.arange(0, BLOCK_R)) * tl.cdiv(W, WIDE) + column // WIDE,
-                row + tl.arange(0, BLOCK_R) < R,
-            )
-        else:
-            at, mask = row // TALL * W + column + tl.arange(0, BLOCK_W), column + tl.arange(0, BLOCK_W) < W
+        at, mask = partial_place(row, column, R, W, TALL, WIDE, BY_ROW, BLOCK_R, BLOCK_W)
         parts = tl.cast(parts, tl.int64)
         tl.store(seen_ptr + at, tl.sum(total, axis=AXIS), mask=mask)
         tl.store(seen_ptr + parts + at, tl.sum(squares, axis=AXIS), mask=mask)
@@ -228,13 +223,7 @@ def _prologue_backward_kernel(
     tl.store(dgrid_ptr + tl.program_id(0), tl.sum(dscale))
     tl.store(dgrid_ptr + tl.num_programs(0) + tl.program_id(0), tl.sum(dzero))
     if ALIGN:
-        if BY_ROW:
-            at, mask = (
-                (row + tl.arange(0, BLOCK_R)) * tl.cdiv(W, WIDE) + column // WIDE,
-                row + tl.arange(0, BLOCK_R) < R,
-            )
-        else:
-            at, mask = row // TALL * W + column + tl.arange(0, BLOCK_W), column + tl.arange(0, BLOCK_W) < W
+        at, mask = partial_place(row, column, R, W, TALL, WIDE, BY_ROW, BLOCK_R, BLOCK_W)
         tl.store(dalign_ptr + at, tl.sum(dgain, axis=AXIS), mask=mask)
         tl.store(dalign_ptr + parts + at, tl.sum(dshift, axis=AXIS), mask=mask)
 
@@ -410,6 +399,4 @@ def _refuses_tensors(x, scale, zero, residual, gain, shift):
     for name, tensor in (("scale", scale), ("gain", gain), ("shift", shift)):
         if tensor is not None and tensor.dtype != torch.float32:
             return f"{name} is {tensor.dtype}; the kernel takes float32"
-    if x.is_neg():
-        return "x is a negated view of memory; the kernel takes x.resolve_neg()"
     return None
