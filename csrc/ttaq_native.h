@@ -25,6 +25,7 @@ enum ttaq_error {
   TTAQ_NO_MEMORY = -4,   // scratch memory could not be had
   TTAQ_BAD_KIND = -5,    // kind is none of enum ttaq_kind
   TTAQ_BAD_ROOTS = -6,   // roots is neither 1 nor 2, or qmax not in 1 .. 63
+  TTAQ_BAD_GROUP = -7,   // the words of a group of inputs do not fill whole dwords
 };
 
 enum ttaq_dtype { TTAQ_FLOAT32 = 0, TTAQ_BFLOAT16 = 1, TTAQ_FLOAT16 = 2 };
@@ -139,6 +140,24 @@ TTAQ_EXPORT int ttaq_cpu_pack_codes(const uint8_t* codes, uint8_t* words, int64_
                                     int threads, int level);
 TTAQ_EXPORT int ttaq_cpu_unpack_codes(const uint8_t* words, uint8_t* codes, int64_t rows, int64_t k, int bits,
                                       int threads, int level);
+
+// y = (sum over k of (x - x_zero) (code - zero)) * (x_scale * scale) + bias, with an exact sum modulo 2^32.
+//   x: m rows of k uint8 codes that begin `stride` apart. words: (n, ceil(k * bits / 8)). scale, zero, bias: n each, bias
+//   may be null; with `group` inputs a scale, (n, k / group) scales and zeros. x_scale, x_zero: one value, or where token
+//   is 1, one a row. y: (m, n) of dtype, overwritten. group * bits (4 for 3 bits) must be a multiple of 32.
+TTAQ_EXPORT int ttaq_cpu_packed_linear(const uint8_t* x, int64_t stride, const uint8_t* words, const float* scale,
+                                       const int32_t* zero, const float* bias, const float* x_scale,
+                                       const int32_t* x_zero, int token, void* y, int dtype, int bits, int64_t group,
+                                       int64_t m, int64_t n, int64_t k, int threads, int level);
+
+// The convolution of x by the same law; padding stands for 0.0.
+//   x: (B, C, H, W) codes, y: (B, O, OH, OW) of dtype, both in that order of memory or, with channels_last, channels
+//   innermost. words: (O, ceil(R * S * C / groups * bits / 8)), channels innermost. x_scale, x_zero: one value.
+//   geometry: B, C, H, W, O, OH, OW, R, S, and down and across: stride, padding, dilation; groups.
+TTAQ_EXPORT int ttaq_cpu_packed_conv2d(const uint8_t* x, const uint8_t* words, const float* scale, const int32_t* zero,
+                                       const float* bias, const float* x_scale, const int32_t* x_zero, void* y,
+                                       int dtype, int bits, int channels_last, const int64_t* geometry, int threads,
+                                       int level);
 
 // ---- CUDA ---------------------------------------------------------------------------------------------------------
 

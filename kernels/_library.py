@@ -20,6 +20,7 @@ _ERRORS = {
     -4: "no memory for the partial sums",
     -5: "kind must be drop, step or gauss",
     -6: "roots must be 1 or 2 and qmax 1 to 63",
+    -7: "the words of a group must fill whole dwords",
 }
 _NO_DRIVER = 35
 _IMPORTED_BY = os.getpid()
@@ -46,6 +47,8 @@ _SIGNATURES = {
         "ttaq_cpu_activation_codes": (_P, _L, *(_P,) * 5, _I, _I, _I, _I, _I, _L, _L, _I, _I),
         "ttaq_cpu_pack_codes": (_P, _P, _L, _L, _I, _I, _I),
         "ttaq_cpu_unpack_codes": (_P, _P, _L, _L, _I, _I, _I),
+        "ttaq_cpu_packed_linear": (_P, _L, *(_P,) * 6, _I, _P, _I, _I, _L, _L, _L, _L, _I, _I),
+        "ttaq_cpu_packed_conv2d": (*(_P,) * 8, _I, _I, _I, _P, _I, _I),
     },
     "cuda": {
         "ttaq_cuda_status": (),

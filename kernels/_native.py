@@ -5,6 +5,8 @@ The canonical form is (outer, channels, inner): element (p, c, i) lies at ``(p *
 ``scale[c]``. csrc/ttaq_native.h states what each function computes.
 """
 
+import ctypes
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from ._library import BITS, DTYPES, KINDS, LEVELS, check, cpu_level, level_numbe
 __all__ = (
     "BITS", "DTYPES", "KINDS", "LEVELS", "activation_codes", "aligned_fake_quant", "aligned_fake_quant_backward",
     "cpu_level", "fake_quant", "fake_quant_backward", "library", "log2_codes", "log2_fake_quant",
-    "log2_fake_quant_backward", "pack_codes", "perturbed_fake_quant", "perturbed_fake_quant_backward",
+    "log2_fake_quant_backward", "pack_codes", "packed_conv2d", "packed_linear", "perturbed_fake_quant", "perturbed_fake_quant_backward",
     "quantize_codes", "reason", "soft_round", "soft_round_backward", "unpack_codes",
 )  # fmt: skip
 
@@ -262,6 +264,54 @@ def activation_codes(
             x.data_ptr(), x.stride(0), codes.data_ptr(), scale.data_ptr(), zero.data_ptr(),
             None if sums is None else sums.data_ptr(), nonfinite.data_ptr(), measure, scale.ndim > 0, packed,
             DTYPES[x.dtype], bits, *x.shape, threads(), level_number(level),
+        )
+    )  # fmt: skip
+
+
+def packed_linear(
+    x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, x_scale: Tensor, x_zero: Tensor,
+    y: Tensor, bits: int, group: int, level: str | None = None,
+) -> None:  # fmt: skip
+    """Write the linear layer of kernels/packed_linear.py on activation codes to `y`.
+
+    Args:
+        x: (m, k), uint8, elements of a row side by side.
+        words: (n, bytes), uint8, contiguous, and so scale, zero (int32), bias (float32).
+        x_scale: One element, float32, or (m,); x_zero: its shape, int32. Contiguous.
+        y: (m, n), float32, bfloat16 or float16; overwritten.
+        bits: That a code takes in `words`: 2, 3, 4 or 8.
+        group: Inputs that share a scale, whose words fill whole dwords; or 0.
+    """
+    check(
+        library("cpu").ttaq_cpu_packed_linear(
+            x.data_ptr(), x.stride(0), words.data_ptr(), scale.data_ptr(), zero.data_ptr(),
+            None if bias is None else bias.data_ptr(), x_scale.data_ptr(), x_zero.data_ptr(), x_scale.numel() > 1,
+            y.data_ptr(), DTYPES[y.dtype], bits, group, x.shape[0], words.shape[0], x.shape[1], threads(),
+            level_number(level),
+        )
+    )  # fmt: skip
+
+
+def packed_conv2d(
+    x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, x_scale: Tensor, x_zero: Tensor,
+    y: Tensor, bits: int, geometry: tuple[int, ...], channels_last: bool, level: str | None = None,
+) -> None:  # fmt: skip
+    """Write the convolution of kernels/packed_conv2d.py on activation codes to `y`.
+
+    Args:
+        x: (B, C, H, W), uint8; contiguous, or channels innermost with `channels_last`, and so y, which is float32,
+            bfloat16 or float16 and overwritten.
+        words: (O, bytes), uint8, contiguous, and so scale, zero (int32), bias (float32).
+        x_scale: One element, float32; x_zero: one, int32.
+        bits: That a code takes in `words`: 2, 3, 4 or 8.
+        geometry: R, S, and down and across: stride, padding, dilation; groups.
+    """
+    shape = (*x.shape, *y.shape[1:], *geometry)
+    check(
+        library("cpu").ttaq_cpu_packed_conv2d(
+            x.data_ptr(), words.data_ptr(), scale.data_ptr(), zero.data_ptr(),
+            None if bias is None else bias.data_ptr(), x_scale.data_ptr(), x_zero.data_ptr(), y.data_ptr(),
+            DTYPES[y.dtype], bits, channels_last, (ctypes.c_int64 * len(shape))(*shape), threads(), level_number(level),
         )
     )  # fmt: skip
 

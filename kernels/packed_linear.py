@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from . import _native
 from ._tiles import activation_operand, exact_sum, load_codes, weight_operand, without_autocast
 from ._triton import jit, tl, triton
-from .codes import exact_product, refuses_sum, refuses_words, stored_codes, unpacked
+from .codes import PACKABLE, exact_product, refuses_sum, refuses_words, stored_codes, unpacked
 
 FLOAT32_REGISTERS = 200  # a ceiling that is named keeps ptxas from spilling a few registers to fit more warps
 
@@ -237,7 +237,42 @@ def refuses_backward(grad, words, scale, zero, bits, group, k):
     return refuses_words(words, bits, 0, k)
 
 
-def launch_cpu(x, words, *args):
+def launch_cpu(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits, dtype):
+    """Run the native kernel on activation codes."""
+    m, k = math.prod(x.shape[:-1]), x.shape[-1]
+    y = x.new_empty((*x.shape[:-1], words.shape[0]), dtype=dtype)
+    if y.numel():
+        _native.packed_linear(
+            _rows(x, m, k),
+            words.contiguous(),
+            scale.contiguous(),
+            zero.contiguous(),
+            None if bias is None else bias.float().contiguous(),
+            x_scale.contiguous(),
+            x_zero.contiguous(),
+            y,
+            8 if words.shape[-1] == k else bits,
+            group,
+        )
+    return y
+
+
+def refuses_cpu(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits, dtype):
+    """Say why the native kernel cannot run, or None."""
+    if reason := _native.reason("cpu"):
+        return reason
+    if x_scale is None:
+        return "x holds floats; the kernel multiplies codes"
+    k = x.shape[-1]
+    stored = 8 if words.shape[-1] == k else bits
+    if stored not in PACKABLE:
+        return f"the words hold {bits} bits a code; the kernel reads 2, 3, 4 and 8"
+    if group * (4 if stored == 3 else stored) % 32:
+        return f"groups of {group} codes of {stored} bits start inside dwords of a panel; the kernel wants whole ones"
+    return refuses_sum(group or k, bits, x_bits)
+
+
+def launch_unpacked(x, words, *args):
     """Compute the reference on codes that the native kernel has unpacked."""
     return reference(x, unpacked(words, args[3], x.shape[-1]), *args)
 
@@ -247,7 +282,7 @@ def launch_cpu_backward(grad, words, scale, zero, bits, group, k):
     return reference_backward(grad, unpacked(words, bits, k), scale, zero, bits, group, k)
 
 
-def refuses_cpu(*args):
+def refuses_unpacked(*args):
     """Say why the native kernel cannot unpack, or None."""
     return _native.reason("cpu")
 

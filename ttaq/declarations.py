@@ -141,6 +141,7 @@ PACKED_LINEAR = declare(
     " Tensor? x_scale, Tensor? x_zero, int x_bits, ScalarType dtype) -> Tensor",
     Implementation("triton", pl.launch, gpu(pl.refuses)),
     Implementation("cpu", pl.launch_cpu, cpu(pl.refuses_cpu)),
+    Implementation("unpacked", pl.launch_unpacked, cpu(pl.refuses_unpacked)),
     Implementation("reference", pl.reference, never),
     fake=lambda x, words, *rest: x.new_empty((*x.shape[:-1], words.shape[0]), dtype=rest[-1]),
 )
@@ -148,7 +149,8 @@ PACKED_LINEAR_BACKWARD = declare(
     "packed_linear_backward(Tensor grad, Tensor words, Tensor scale, Tensor zero, int bits, int group, int k)"
     " -> Tensor",
     Implementation("triton", pl.launch_backward, gpu(pl.refuses_backward)),
-    Implementation("cpu", pl.launch_cpu_backward, cpu(pl.refuses_cpu)),
+    Implementation("cpu", pl.launch_cpu_backward, cpu(pl.refuses_unpacked)),
+    Implementation("unpacked", pl.launch_cpu_backward, cpu(pl.refuses_unpacked)),
     Implementation("reference", pl.reference_backward, never),
     fake=lambda grad, *rest: grad.new_empty((*grad.shape[:-1], rest[-1])),
 )

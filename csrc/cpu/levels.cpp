@@ -1,6 +1,7 @@
 // Which instruction sets this processor has.
 #include "../ttaq_native.h"
 #include "kernels.h"
+#include "product.h"
 
 namespace ttaq {
 
@@ -24,9 +25,17 @@ const Kernels* kernels_of(int level) {
   return level == TTAQ_BASE ? &base::kernels : nullptr;
 }
 
+const Products* products_of(int level) {
+  static const bool vnni = has_v4() && __builtin_cpu_supports("avx512vnni");
+  if (!kernels_of(level)) return nullptr;
+  if (level == TTAQ_V4 && vnni) return &v4::products;
+  return level == TTAQ_BASE ? &base::products : &v3::products;
+}
+
 #else
 
 const Kernels* kernels_of(int level) { return level == TTAQ_BASE ? &base::kernels : nullptr; }
+const Products* products_of(int level) { return level == TTAQ_BASE ? &base::products : nullptr; }
 
 #endif
 

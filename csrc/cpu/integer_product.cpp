@@ -1,0 +1,127 @@
+// Panels, and the values of a tile.
+#include "integer_product.h"
+
+#include <string.h>
+
+#include "../ttaq_native.h"
+
+namespace ttaq {
+namespace {
+
+// Copies the words of one output so that each tap begins a dword; what lies beyond a tap is 0.
+void align_taps(const PackedWeight& w, const Kernels& kernels, const Products& products, const uint8_t* row,
+                uint8_t* codes, uint8_t* aligned) {
+  const int64_t bytes = w.dwords() * 4;
+  memset(aligned, 0, size_t(w.taps * bytes));
+  if (w.taps == 1 || w.channels * w.stored % 8 == 0) {
+    for (int64_t tap = 0; tap < w.taps; ++tap) {
+      const uint8_t* from = row + tap * w.channels * w.stored / 8;
+      if (w.stored == w.bits)
+        memcpy(aligned + tap * bytes, from, size_t(ceil_div(w.channels * w.bits, 8)));
+      else
+        products.widen(from, w.channels, aligned + tap * bytes);
+    }
+    return;
+  }
+  kernels.unpack[w.stored](row, codes, w.taps * w.channels);
+  for (int64_t tap = 0; tap < w.taps; ++tap)
+    kernels.pack[w.bits](codes + tap * w.channels, aligned + tap * bytes, w.channels);
+}
+
+template <class T>
+void scatter(const uint8_t* rows_, int64_t outputs, int64_t rows, const int64_t* starts, int64_t apart, void* y_) {
+  const T* rows_of = reinterpret_cast<const T*>(rows_);
+  T* y = static_cast<T*>(y_);
+  for (int64_t j = 0; j < outputs; ++j)
+    for (int64_t i = 0; i < rows; ++i) y[starts[i] + j * apart] = rows_of[i * MOST_PANELS * LANES + j];
+}
+
+}  // namespace
+
+Panels::Panels(const PackedWeight& weight, const Kernels& kernels, const Products& products, int threads)
+    : per_group_(ceil_div(weight.outputs, LANES)),
+      panels_(weight.groups * per_group_),
+      size_(weight.taps * weight.dwords() * LANES),
+      words_(new uint32_t[size_t(panels_ * size_)]),
+      shift_(size_t(weight.pieces * panels_ * LANES)),
+      sum_(shift_.size()),
+      scale_(shift_.size()) {
+  std::vector<uint8_t> ones(size_t(weight.cell_bytes()));
+  const std::vector<uint8_t> codes(size_t(weight.channels), 1);
+  products.arrange[weight.planes() / 2](codes.data(), weight.channels, ones.data(), weight.cell_bytes());
+  parallel_for(panels_, threads, [&](int64_t first, int64_t last) {
+    for (int64_t panel = first; panel < last; ++panel) {
+      fill(weight, kernels, products, panel);
+      add_up(weight, products, ones.data(), panel);
+    }
+  });
+}
+
+void Panels::fill(const PackedWeight& weight, const Kernels& kernels, const Products& products, int64_t panel) {
+  const int64_t bytes = weight.taps * weight.dwords() * 4, group = panel / per_group_;
+  const int64_t first = panel % per_group_ * LANES;
+  const bool in_place = weight.in_place();
+  std::vector<uint8_t> aligned(size_t(in_place ? bytes : LANES * bytes)), codes;
+  if (!in_place) codes.resize(size_t(weight.taps * weight.channels));
+  const uint8_t* rows[LANES];
+  for (int64_t lane = 0; lane < LANES; ++lane) {
+    const uint8_t* row = weight.words + (group * weight.outputs + first + lane) * weight.row_bytes;
+    const bool there = first + lane < weight.outputs;
+    rows[lane] = in_place && there ? row : aligned.data() + (in_place ? 0 : lane * bytes);
+    if (!in_place && there) align_taps(weight, kernels, products, row, codes.data(), aligned.data() + lane * bytes);
+  }
+  products.transpose(rows, bytes / 4, weight.bits == 8 ? 0x80808080u : 0, words_.get() + panel * size_);
+}
+
+void Panels::add_up(const PackedWeight& weight, const Products& products, const uint8_t* ones, int64_t panel) {
+  const int64_t dwords = weight.dwords() / weight.pieces, terms = weight.taps * weight.channels / weight.pieces;
+  const int64_t first = panel % per_group_ * LANES, output = panel / per_group_ * weight.outputs + first;
+  const std::vector<const uint8_t*> cells(size_t(weight.taps), ones);
+  int32_t sums[MOST_PANELS * LANES];
+  for (int64_t piece = 0; piece < weight.pieces; ++piece) {
+    products.integer[weight.planes() / 2][0][0](
+        {cells.data(), weight.taps, dwords, words(panel) + piece * dwords * LANES, size_, sums});
+    for (int64_t lane = 0; lane < std::min<int64_t>(LANES, weight.outputs - first); ++lane) {
+      const int64_t from = (output + lane) * weight.pieces + piece, to = at(piece, panel) + lane;
+      const int32_t shift = int32_t(weight.zero[from] - weight.offset());
+      shift_[size_t(to)] = shift;
+      sum_[size_t(to)] = int32_t(uint32_t(sums[lane]) - uint32_t(terms) * uint32_t(shift));
+      scale_[size_t(to)] = weight.scale[from];
+    }
+  }
+}
+
+void write_tile(const PackedWeight& weight, const Panels& panels, const Products& products, const Values& v,
+                int64_t group, int64_t panel, int wide, int64_t first, int rows, const uint8_t* const* cells,
+                const int32_t* x_sums) {
+  constexpr int64_t ROW = MOST_PANELS * LANES;
+  const int64_t at = group * panels.per_group() + panel, dwords = weight.dwords() / weight.pieces;
+  const int outputs = int(std::min<int64_t>(wide * LANES, weight.outputs - panel * LANES));
+  const int64_t size = v.dtype == TTAQ_FLOAT32 ? 4 : 2, output = group * weight.outputs + panel * LANES;
+  int32_t sums[MOST_ROWS * ROW], x_zero[MOST_ROWS];
+  float values[MOST_ROWS * ROW], x_scale[MOST_ROWS];
+  uint8_t scratch[MOST_ROWS * ROW * 4];
+  int64_t starts[MOST_ROWS];
+  void* y[MOST_ROWS];
+  for (int i = 0; i < rows; ++i) {
+    x_scale[i] = v.x_scale[v.token ? first + i : 0];
+    x_zero[i] = v.x_zero[v.token ? first + i : 0];
+    starts[i] = (first + i) / v.pixels * v.image + (first + i) % v.pixels * v.pixel + output * v.output;
+    y[i] = v.output == 1 ? static_cast<uint8_t*>(v.y) + starts[i] * size : scratch + i * ROW * size;
+  }
+  const uint8_t* moved[MOST_ROWS];
+  for (int64_t piece = 0; piece < weight.pieces; ++piece) {
+    if (piece) {  // a layer whose weight has groups has one tap
+      for (int i = 0; i < rows; ++i) moved[i] = cells[i] + piece * dwords * 4 * weight.planes();
+    }
+    products.integer[weight.planes() / 2][rows - 1][wide - 1](
+        {piece ? moved : cells, weight.taps, dwords, panels.words(at) + piece * dwords * LANES, panels.size(), sums});
+    products.finish[v.dtype]({sums, rows, outputs, panels.shift(piece, at), panels.sum(piece, at),
+                              panels.scale(piece, at), v.bias ? v.bias + output : nullptr, x_sums + piece * rows,
+                              x_zero, x_scale, values, y, piece == 0, piece + 1 == weight.pieces});
+  }
+  if (v.output == 1) return;
+  (size == 4 ? scatter<uint32_t> : scatter<uint16_t>)(scratch, outputs, rows, starts, v.output, v.y);
+}
+
+}  // namespace ttaq
