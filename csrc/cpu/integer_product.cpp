@@ -18,6 +18,8 @@ void align_taps(const PackedWeight& w, const Kernels& kernels, const Products& p
       const uint8_t* from = row + tap * w.channels * w.stored / 8;
       if (w.stored == w.bits)
         memcpy(aligned + tap * bytes, from, size_t(ceil_div(w.channels * w.bits, 8)));
+      else if (w.bits == 8)
+        kernels.unpack[w.stored](from, aligned + tap * bytes, w.channels);
       else
         products.widen(from, w.channels, aligned + tap * bytes);
     }
@@ -48,7 +50,7 @@ Panels::Panels(const PackedWeight& weight, const Kernels& kernels, const Product
       scale_(shift_.size()) {
   std::vector<uint8_t> ones(size_t(weight.cell_bytes()));
   const std::vector<uint8_t> codes(size_t(weight.channels), 1);
-  products.arrange[weight.planes() / 2](codes.data(), weight.channels, ones.data(), weight.cell_bytes());
+  products.arrange[weight.planes() / 2](codes.data(), 0, 1, weight.channels, ones.data(), weight.cell_bytes(), nullptr);
   parallel_for(panels_, threads, [&](int64_t first, int64_t last) {
     for (int64_t panel = first; panel < last; ++panel) {
       fill(weight, kernels, products, panel);
@@ -76,11 +78,11 @@ void Panels::fill(const PackedWeight& weight, const Kernels& kernels, const Prod
 void Panels::add_up(const PackedWeight& weight, const Products& products, const uint8_t* ones, int64_t panel) {
   const int64_t dwords = weight.dwords() / weight.pieces, terms = weight.taps * weight.channels / weight.pieces;
   const int64_t first = panel % per_group_ * LANES, output = panel / per_group_ * weight.outputs + first;
-  const std::vector<const uint8_t*> cells(size_t(weight.taps), ones);
+  const std::vector<int64_t> here(size_t(weight.taps), 0);
   int32_t sums[MOST_PANELS * LANES];
   for (int64_t piece = 0; piece < weight.pieces; ++piece) {
     products.integer[weight.planes() / 2][0][0](
-        {cells.data(), weight.taps, dwords, words(panel) + piece * dwords * LANES, size_, sums});
+        {&ones, here.data(), weight.taps, dwords, words(panel) + piece * dwords * LANES, size_, sums});
     for (int64_t lane = 0; lane < std::min<int64_t>(LANES, weight.outputs - first); ++lane) {
       const int64_t from = (output + lane) * weight.pieces + piece, to = at(piece, panel) + lane;
       const int32_t shift = int32_t(weight.zero[from] - weight.offset());
@@ -91,9 +93,9 @@ void Panels::add_up(const PackedWeight& weight, const Products& products, const 
   }
 }
 
-void write_tile(const PackedWeight& weight, const Panels& panels, const Products& products, const Values& v,
-                int64_t group, int64_t panel, int wide, int64_t first, int rows, const uint8_t* const* cells,
-                const int32_t* x_sums) {
+void write_tile(const PackedWeight& weight, const Panels& panels, const Products& products, const Runs& runs,
+                const Values& v, int64_t group, int64_t panel, int wide, int64_t first, int rows,
+                const uint8_t* const* cells, const int32_t* x_sums) {
   constexpr int64_t ROW = MOST_PANELS * LANES;
   const int64_t at = group * panels.per_group() + panel, dwords = weight.dwords() / weight.pieces;
   const int outputs = int(std::min<int64_t>(wide * LANES, weight.outputs - panel * LANES));
@@ -115,7 +117,7 @@ void write_tile(const PackedWeight& weight, const Panels& panels, const Products
       for (int i = 0; i < rows; ++i) moved[i] = cells[i] + piece * dwords * 4 * weight.planes();
     }
     products.integer[weight.planes() / 2][rows - 1][wide - 1](
-        {piece ? moved : cells, weight.taps, dwords, panels.words(at) + piece * dwords * LANES, panels.size(), sums});
+        {piece ? moved : cells, runs.offsets.data(), int64_t(runs.offsets.size()), runs.length * dwords, panels.words(at) + piece * dwords * LANES, panels.size(), sums});
     products.finish[v.dtype]({sums, rows, outputs, panels.shift(piece, at), panels.sum(piece, at),
                               panels.scale(piece, at), v.bias ? v.bias + output : nullptr, x_sums + piece * rows,
                               x_zero, x_scale, values, y, piece == 0, piece + 1 == weight.pieces});

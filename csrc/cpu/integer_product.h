@@ -32,11 +32,10 @@ struct PackedWeight {
   int64_t offset() const { return bits == 8 ? 128 : 0; }  // that a code loses to fit a signed byte
 };
 
-// Activation codes as product.h lays them out. sums: [cells][pieces].
-struct Cells {
-  const uint8_t* codes;
-  int64_t stride;
-  const int32_t* sums;
+// Where the inputs of a row lie behind its first cell: runs of `length` taps each.
+struct Runs {
+  std::vector<int64_t> offsets;
+  int64_t length;
 };
 
 // The words of a layer as panels, and per panel, piece and output what Finish wants to know.
@@ -77,35 +76,35 @@ struct Values {
 constexpr int64_t TOGETHER = 8;  // blocks of rows that share a look at the weight
 
 // Writes the values of one tile; `cells` and `x_sums` are those of `rows` rows from `first` on.
-void write_tile(const PackedWeight& weight, const Panels& panels, const Products& products, const Values& values,
-                int64_t group, int64_t panel, int wide, int64_t first, int rows, const uint8_t* const* cells,
-                const int32_t* x_sums);
+void write_tile(const PackedWeight& weight, const Panels& panels, const Products& products, const Runs& runs,
+                const Values& values, int64_t group, int64_t panel, int wide, int64_t first, int rows,
+                const uint8_t* const* cells, const int32_t* x_sums);
 
-// Calls gather(group, row, rows, cells, x_sums) for blocks of rows, which writes [taps][rows] cells and [pieces][rows]
+// Calls gather(group, row, rows, cells, x_sums) for blocks of rows, which writes the first cell of each and [pieces][rows]
 // sums, and multiplies each with all outputs of the group.
 template <class Gather>
-void multiply(const PackedWeight& weight, const Panels& panels, const Products& products, const Values& values,
-              int threads, const Gather& gather) {
+void multiply(const PackedWeight& weight, const Panels& panels, const Products& products, const Runs& runs,
+              const Values& values, int threads, const Gather& gather) {
   if (values.rows == 0) return;
   const int64_t blocks = ceil_div(values.rows, products.rows), supers = ceil_div(blocks, TOGETHER);
   const int64_t columns = ceil_div(panels.per_group(), products.panels);
   const int64_t ranges = std::min(columns, ceil_div(4 * threads, supers * weight.groups));
   parallel_for(weight.groups * supers * ranges, threads, [&](int64_t begin, int64_t end) {
-    const int64_t tall = weight.taps * products.rows, sums = weight.pieces * products.rows;
+    const int64_t tall = products.rows;
     std::vector<const uint8_t*> cells(size_t(TOGETHER * tall), nullptr);
-    std::vector<int32_t> x_sums(size_t(TOGETHER * sums));
+    std::vector<int32_t> x_sums(size_t(TOGETHER * tall * weight.pieces), 0);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t range = task % ranges, super = task / ranges % supers, group = task / ranges / supers;
       const int64_t from = blocks * super / supers, to = blocks * (super + 1) / supers;
       const auto row = [&](int64_t block) { return values.rows * block / blocks; };
+      const auto at = [&](int64_t block) { return size_t((block - from) * tall); };
       for (int64_t b = from; b < to; ++b)
-        gather(group, row(b), int(row(b + 1) - row(b)), &cells[size_t((b - from) * tall)],
-               &x_sums[size_t((b - from) * sums)]);
+        gather(group, row(b), int(row(b + 1) - row(b)), &cells[at(b)], &x_sums[at(b) * size_t(weight.pieces)]);
       for (int64_t c = columns * range / ranges; c < columns * (range + 1) / ranges; ++c) {
         const int64_t panel = panels.per_group() * c / columns, next = panels.per_group() * (c + 1) / columns;
         for (int64_t b = from; b < to; ++b)
-          write_tile(weight, panels, products, values, group, panel, int(next - panel), row(b),
-                     int(row(b + 1) - row(b)), &cells[size_t((b - from) * tall)], &x_sums[size_t((b - from) * sums)]);
+          write_tile(weight, panels, products, runs, values, group, panel, int(next - panel), row(b),
+                     int(row(b + 1) - row(b)), &cells[at(b)], &x_sums[at(b) * size_t(weight.pieces)]);
       }
     }
   });

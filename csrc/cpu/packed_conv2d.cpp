@@ -15,120 +15,170 @@ struct Geometry {
   int64_t taps() const { return kernel_h * kernel_w; }
   int64_t pixels() const { return height * width; }
   int64_t out_pixels() const { return out_height * out_width; }
+  int64_t tall() const { return height + 2 * pad_h; }
+  int64_t wide() const { return width + 2 * pad_w; }
 
-  // Calls body(tap, pixel of the input, or -1 in the padding) for the taps of an output pixel.
-  template <class Body>
-  void for_each_tap(int64_t pixel, const Body& body) const {
-    const int64_t top = pixel / out_width * stride_h - pad_h, left = pixel % out_width * stride_w - pad_w;
-    for (int64_t r = 0, tap = 0; r < kernel_h; ++r) {
-      const int64_t h = top + r * step_h;
-      for (int64_t s = 0; s < kernel_w; ++s, ++tap) {
-        const int64_t w = left + s * step_w;
-        body(tap, h >= 0 && h < height && w >= 0 && w < width ? h * width + w : int64_t(-1));
-      }
-    }
+  // The cell of the first tap of row `m`, and how far behind it tap (r, s) lies.
+  int64_t cell(int64_t group, int64_t m) const {
+    const int64_t image = m / out_pixels(), pixel = m % out_pixels();
+    const int64_t line = (image * groups + group) * tall() + pixel / out_width * stride_h;
+    return line * wide() + pixel % out_width * stride_w;
   }
+  int64_t behind(int64_t r, int64_t s) const { return r * step_h * wide() + s * step_w; }
 };
 
-constexpr int64_t STRIP = 64;  // pixels that are turned from planes of channels to channels at a time
+constexpr int64_t STRIP = 16;  // pixels of a line that are looked at together
 
-// The codes of an image's pixels, channels side by side, whichever way they lie; made anew where they do not.
-class Pixels {
+// The pixels of the padded images as cells, one image and group after the other: of `width` bytes, as `arrange` lays
+// them out, with the sum over the taps of a line that begin at each. The padding holds `x_zero`, which stands for 0.0.
+class Cells {
  public:
-  Pixels(const uint8_t* x, const Geometry& g, bool channels_last, int threads) : codes_(x) {
-    if (channels_last || g.pixels() == 1) return;
-    made_.reset(new uint8_t[size_t(g.batch * g.pixels() * g.channels)]);
-    codes_ = made_.get();
-    const int64_t strips = ceil_div(g.pixels(), STRIP);
-    parallel_for(g.batch * strips, threads, [&](int64_t first, int64_t last) {
-      for (int64_t task = first; task < last; ++task) {
-        const int64_t image = task / strips * g.pixels() * g.channels, start = task % strips * STRIP;
-        const int64_t n = std::min(STRIP, g.pixels() - start);
-        for (int64_t c = 0; c < g.channels; ++c) {
-          const uint8_t* from = x + image + c * g.pixels() + start;
-          uint8_t* to = made_.get() + image + start * g.channels + c;
-          for (int64_t p = 0; p < n; ++p) to[p * g.channels] = from[p];
-        }
+  Cells(const uint8_t* x, const Geometry& g, bool channels_last, int32_t x_zero, int64_t width, int plan, bool add_up,
+        const Products& products, int threads)
+      : x_(x), g_(g), channels_last_(channels_last), width_(width), plan_(plan), products_(products) {
+    const int64_t lines = g.batch * g.groups * g.tall();
+    made_.reset(new uint8_t[size_t(lines * g.wide() * width)]);
+    if (add_up) sums_.resize(size_t(lines * g.wide()), 0);
+    const int64_t c = g.channels / g.groups;
+    const std::vector<uint8_t> zeros(size_t(c), static_cast<uint8_t>(x_zero));
+    std::vector<uint8_t> nothing(size_t(width), 0);
+    products.arrange[plan](zeros.data(), 0, 1, c, nothing.data(), width, nullptr);
+    parallel_for(lines, threads, [&](int64_t first, int64_t last) {
+      std::vector<uint8_t> strip(size_t(STRIP * (c + 16)), 0);
+      for (int64_t line = first; line < last; ++line) {
+        fill(line, nothing.data(), int32_t(c) * x_zero, strip.data());
+        if (add_up) add_taps(&sums_[size_t(line * g.wide())]);
       }
     });
   }
-  const uint8_t* codes() const { return codes_; }
+  const uint8_t* codes() const { return made_.get(); }
+  const int32_t* sums() const { return sums_.data(); }
 
  private:
-  const uint8_t* codes_;
+  void fill(int64_t line, const uint8_t* nothing, int32_t nothing_sum, uint8_t* strip) {
+    const int64_t h = line % g_.tall() - g_.pad_h, plane = line / g_.tall();
+    if (line % g_.tall() % g_.stride_h > (g_.kernel_h - 1) * g_.step_h) return;  // no tap comes here
+    const auto pad = [&](int64_t from, int64_t to) {
+      for (int64_t w = from; w < to; ++w) {
+        memcpy(made_.get() + (line * g_.wide() + w) * width_, nothing, size_t(width_));
+        if (!sums_.empty()) sums_[size_t(line * g_.wide() + w)] = nothing_sum;
+      }
+    };
+    if (h < 0 || h >= g_.height) return pad(0, g_.wide());
+    pad(0, g_.pad_w);
+    pad(g_.pad_w + g_.width, g_.wide());
+    const int64_t c = g_.channels / g_.groups, image = plane / g_.groups, group = plane % g_.groups;
+    const auto arrange = [&](const uint8_t* codes, int64_t apart, int64_t w, int64_t n) {
+      const int64_t cell = line * g_.wide() + g_.pad_w + w;
+      products_.arrange[plan_](codes, apart, n, c, made_.get() + cell * width_, width_,
+                               sums_.empty() ? nullptr : &sums_[size_t(cell)]);
+    };
+    if (channels_last_)
+      return arrange(x_ + (image * g_.height + h) * g_.width * g_.channels + group * c, g_.channels, 0, g_.width);
+    for (int64_t w = 0; w < g_.width; w += STRIP) {
+      const int64_t n = std::min(STRIP, g_.width - w);
+      gather(image * g_.channels + group * c, h * g_.width + w, n, strip);
+      arrange(strip, c + 16, w, n);
+    }
+  }
+
+  void add_taps(int32_t* sums) const {
+    for (int64_t w = 0; w < g_.wide() - (g_.kernel_w - 1) * g_.step_w; ++w)
+      for (int64_t s = 1; s < g_.kernel_w; ++s) sums[w] += sums[w + s * g_.step_w];
+  }
+
+  // Brings the channels of n pixels side by side.
+  void gather(int64_t plane, int64_t pixel, int64_t n, uint8_t* strip) const {
+    const int64_t c = g_.channels / g_.groups, apart = c + 16;
+    const uint8_t* from = x_ + plane * g_.pixels() + pixel;
+    int64_t first = 0;
+    for (; n == STRIP && first + 16 <= c; first += 16)
+      products_.interleave(from + first * g_.pixels(), g_.pixels(), strip + first, apart);
+    for (; first < c; ++first)
+      for (int64_t i = 0; i < n; ++i) strip[i * apart + first] = from[first * g_.pixels() + i];
+  }
+
+  const uint8_t* x_;
+  const Geometry& g_;
+  const bool channels_last_;
+  const int64_t width_;
+  const int plan_;
+  const Products& products_;
   std::unique_ptr<uint8_t[]> made_;
+  std::vector<int32_t> sums_;
 };
 
-void by_panels(const PackedWeight& weight, const Kernels& kernels, const Products& products, const uint8_t* x,
+void by_panels(const PackedWeight& weight, const Kernels& kernels, const Products& products, const Cells& cells,
                const Geometry& g, const Values& values, int threads) {
   const Panels panels(weight, kernels, products, threads);
-  const int64_t width = weight.cell_bytes(), c = weight.channels, count = g.batch * g.pixels() * g.groups;
-  const int plan = weight.planes() / 2;
-  const bool as_is = weight.planes() == 1 && width == c;
-  std::unique_ptr<uint8_t[]> made(as_is ? nullptr : new uint8_t[size_t(count * width)]);
-  std::vector<int32_t> sums(size_t(count), 0);
-  parallel_for(ceil_div(count, STRIP), threads, [&](int64_t first, int64_t last) {
-    for (int64_t cell = first * STRIP; cell < std::min(count, last * STRIP); ++cell) {
-      sums[size_t(cell)] = kernels.total(x + cell * c, c);
-      if (!as_is) products.arrange[plan](x + cell * c, c, made.get() + cell * width, width);
-    }
-  });
-  const uint8_t* cells = as_is ? x : made.get();
-  const int32_t x_zero = values.x_zero[0];  // of the padding, which stands for 0.0
-  std::vector<uint8_t> nothing(size_t(width), 0);
-  const std::vector<uint8_t> zeros(size_t(c), static_cast<uint8_t>(x_zero));
-  products.arrange[plan](zeros.data(), c, nothing.data(), width);
-  multiply(weight, panels, products, values, threads,
+  const int64_t width = weight.cell_bytes();
+  const bool side_by_side = g.step_w == 1;  // the taps of a line are one run
+  Runs runs{{}, side_by_side ? g.kernel_w : 1};
+  std::vector<int64_t> lines;
+  for (int64_t r = 0; r < g.kernel_h; ++r) {
+    lines.push_back(g.behind(r, 0));
+    for (int64_t s = 0; s < (side_by_side ? 1 : g.kernel_w); ++s) runs.offsets.push_back(g.behind(r, s) * width);
+  }
+  multiply(weight, panels, products, runs, values, threads,
            [&](int64_t group, int64_t first, int rows, const uint8_t** at, int32_t* x_sums) {
              for (int i = 0; i < rows; ++i) {
-               const int64_t image = (first + i) / g.out_pixels() * g.pixels();
-               int32_t sum = 0;
-               g.for_each_tap((first + i) % g.out_pixels(), [&](int64_t tap, int64_t pixel) {
-                 const int64_t cell = (image + pixel) * g.groups + group;
-                 at[tap * rows + i] = pixel < 0 ? nothing.data() : cells + cell * width;
-                 sum += pixel < 0 ? int32_t(c) * x_zero : sums[size_t(cell)];
-               });
-               x_sums[i] = sum;
+               const int64_t cell = g.cell(group, first + i);
+               at[i] = cells.codes() + cell * width;
+               x_sums[i] = 0;
+               for (const int64_t line : lines) x_sums[i] += cells.sums()[cell + line];
              }
            });
 }
 
-// The codes of a depthwise weight less their zeros, tap by tap.
-std::vector<int16_t> centred(const PackedWeight& weight, const Kernels& kernels) {
-  const int64_t taps = weight.taps, channels = weight.groups;
-  std::vector<int16_t> result(size_t(taps * channels));
-  std::vector<uint8_t> codes(size_t(taps), 0);
-  for (int64_t c = 0; c < channels; ++c) {
-    kernels.unpack[weight.stored](weight.words + c * weight.row_bytes, codes.data(), taps);
-    for (int64_t tap = 0; tap < taps; ++tap)
-      result[size_t(tap * channels + c)] = int16_t(codes[size_t(tap)] - weight.zero[c]);
+// What a convolution of every channel by itself makes of the words.
+struct Deep {
+  Deep(const PackedWeight& weight, const Kernels& kernels, const Products& products, int64_t width)
+      : weights(size_t((weight.taps + 3) * width), 0), shift(size_t(width), 0), sum(size_t(width), 0) {
+    const int64_t offset = weight.stored == 8 ? 128 : 0;
+    std::vector<int8_t> centred(size_t(weight.taps * width), 0);
+    std::vector<uint8_t> codes(size_t(weight.taps), 0);
+    for (int64_t c = 0; c < weight.groups; ++c) {
+      kernels.unpack[weight.stored](weight.words + c * weight.row_bytes, codes.data(), weight.taps);
+      shift[size_t(c)] = int32_t(weight.zero[c] - offset);
+      for (int64_t tap = 0; tap < weight.taps; ++tap) {
+        centred[size_t(tap * width + c)] = int8_t(codes[size_t(tap)] - offset);
+        sum[size_t(c)] += int32_t(codes[size_t(tap)]) - weight.zero[c];
+      }
+    }
+    products.deepen(centred.data(), weight.taps, width, weights.data());
   }
-  return result;
-}
+  std::vector<int8_t> weights;
+  std::vector<int32_t> shift, sum;
+};
 
-void depthwise(const PackedWeight& weight, const Kernels& kernels, const Products& products, const uint8_t* x,
-               const Geometry& g, const Values& values, int threads) {
-  const std::vector<int16_t> centre = centred(weight, kernels);
-  const std::vector<uint8_t> nothing(size_t(g.channels), uint8_t(values.x_zero[0]));
+void depthwise(const PackedWeight& weight, const Kernels& kernels, const Products& products, const uint8_t* codes,
+               const Geometry& g, int64_t width, const Values& values, int threads) {
+  const Deep deep(weight, kernels, products, width);
+  std::vector<int64_t> offsets;
+  for (int64_t r = 0; r < g.kernel_h; ++r)
+    for (int64_t s = 0; s < g.kernel_w; ++s) offsets.push_back(g.behind(r, s) * width);
   const int64_t size = values.dtype == TTAQ_FLOAT32 ? 4 : 2;
   parallel_for(values.rows, threads, [&](int64_t first, int64_t last) {
-    std::vector<const uint8_t*> cells(size_t(g.taps()));
-    std::vector<int32_t> sums(size_t(g.channels));
+    std::vector<int32_t> sums(size_t(2 * width), 0);
     std::vector<uint8_t> row(size_t(values.output == 1 ? 0 : g.channels * size));
     for (int64_t m = first; m < last; ++m) {
-      const int64_t image = m / g.out_pixels() * g.pixels();
-      g.for_each_tap(m % g.out_pixels(), [&](int64_t tap, int64_t pixel) {
-        cells[size_t(tap)] = pixel < 0 ? nothing.data() : x + (image + pixel) * g.channels;
-      });
-      products.depthwise(cells.data(), centre.data(), g.taps(), g.channels, values.x_zero[0], sums.data());
+      products.depthwise(codes + g.cell(0, m) * width, offsets.data(), deep.weights.data(), g.taps(), width,
+                         sums.data(), sums.data() + width);
       const int64_t start = m / values.pixels * values.image + m % values.pixels * values.pixel;
       uint8_t* y = static_cast<uint8_t*>(values.y) + start * size;
-      void* to = row.empty() ? y : row.data();
-      products.scale_rows[values.dtype](sums.data(), weight.scale, values.bias, values.x_scale[0], g.channels, to);
+      products.finish_deep[values.dtype]({sums.data(), sums.data() + width, deep.shift.data(), deep.sum.data(),
+                                          weight.scale, values.bias, g.channels, values.x_scale[0], values.x_zero[0],
+                                          row.empty() ? y : row.data()});
       for (int64_t c = 0; !row.empty() && c < g.channels; ++c)
         memcpy(y + c * values.output * size, row.data() + c * size, size_t(size));
     }
   });
+}
+
+// The bits of a code in a panel: those that make the least of a tap whose channels do not fill its dwords.
+int panel_bits(int stored, int64_t channels) {
+  const int bits = stored == 3 ? 4 : stored, planes = 8 / bits;
+  return ceil_div(channels, 4) < planes * ceil_div(channels, 4 * planes) ? 8 : bits;
 }
 
 }  // namespace
@@ -147,13 +197,21 @@ int ttaq_cpu_packed_conv2d(const uint8_t* x, const uint8_t* words, const float* 
   Geometry g;
   memcpy(&g, geometry, sizeof g);
   const int64_t per_group = g.channels / g.groups;
-  const PackedWeight weight{words, ceil_div(g.taps() * per_group * bits, 8), bits, bits == 3 ? 4 : bits, g.groups,
-                            g.outputs / g.groups, g.taps(), per_group, 1, scale, zero};
-  const int64_t image = g.outputs * g.out_pixels();
-  const Values values{x_scale, x_zero, false, bias, y, dtype, g.batch * g.out_pixels(), g.out_pixels(), image,
-                      channels_last ? g.outputs : 1, channels_last ? 1 : g.out_pixels()};
-  const Pixels pixels(x, g, channels_last != 0, threads);
   const bool alone = g.groups == g.channels && g.outputs == g.channels && g.channels > 1;
-  (alone ? depthwise : by_panels)(weight, *kernels, *products, pixels.codes(), g, values, threads);
+  const PackedWeight weight{words, ceil_div(g.taps() * per_group * bits, 8), bits, panel_bits(bits, per_group),
+                            g.groups, g.outputs / g.groups, g.taps(), per_group, 1, scale, zero};
+  const Values values{x_scale, x_zero, false, bias, y, dtype, g.batch * g.out_pixels(), g.out_pixels(),
+                      g.outputs * g.out_pixels(), channels_last ? g.outputs : 1, channels_last ? 1 : g.out_pixels()};
+  if (alone) {  // cells of all channels
+    Geometry whole = g;
+    whole.groups = 1;
+    const int64_t width = ceil_div(g.channels, 64) * 64;
+    const Cells cells(x, whole, channels_last != 0, x_zero[0], width, 0, false, *products, threads);
+    depthwise(weight, *kernels, *products, cells.codes(), whole, width, values, threads);
+  } else {
+    const Cells cells(x, g, channels_last != 0, x_zero[0], weight.cell_bytes(), weight.planes() / 2, true,
+                      *products, threads);
+    by_panels(weight, *kernels, *products, cells, g, values, threads);
+  }
   return TTAQ_OK;
 }

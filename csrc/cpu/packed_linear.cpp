@@ -9,10 +9,6 @@ namespace {
 
 constexpr int FEW = 4;  // rows of activations up to which the words are read as they lie
 
-void add_pieces(const Kernels& kernels, const uint8_t* codes, int64_t k, int64_t pieces, int32_t* sums) {
-  for (int64_t piece = 0; piece < pieces; ++piece) sums[piece] = kernels.total(codes + k / pieces * piece, k / pieces);
-}
-
 // Makes cells of rows of codes and multiplies by tiles.
 void by_panels(const PackedWeight& weight, const Kernels& kernels, const Products& products, const uint8_t* x,
                int64_t stride, const Values& values, int threads) {
@@ -20,20 +16,23 @@ void by_panels(const PackedWeight& weight, const Kernels& kernels, const Product
   const int64_t width = weight.cell_bytes(), k = weight.channels;
   const bool as_is = weight.planes() == 1 && width == k;
   std::unique_ptr<uint8_t[]> made(as_is ? nullptr : new uint8_t[size_t(values.rows * width)]);
-  std::vector<int32_t> sums(size_t(values.rows * weight.pieces));
+  std::vector<int32_t> sums(size_t(values.rows * weight.pieces), 0);
   parallel_for(values.rows, threads, [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row) {
-      add_pieces(kernels, x + row * stride, k, weight.pieces, &sums[size_t(row * weight.pieces)]);
-      if (!as_is) products.arrange[weight.planes() / 2](x + row * stride, k, made.get() + row * width, width);
-    }
+    for (int64_t row = first; row < last; ++row)
+      for (int64_t piece = 0; piece < weight.pieces; ++piece)
+        sums[size_t(row * weight.pieces + piece)] =
+            kernels.total(x + row * stride + k / weight.pieces * piece, k / weight.pieces);
+    if (!as_is)
+      products.arrange[weight.planes() / 2](x + first * stride, stride, last - first, k, made.get() + first * width,
+                                            width, nullptr);
   });
-  const Cells cells{as_is ? x : made.get(), as_is ? stride : width, sums.data()};
-  multiply(weight, panels, products, values, threads,
+  const uint8_t* cells = as_is ? x : made.get();
+  multiply(weight, panels, products, {{0}, 1}, values, threads,
            [&](int64_t, int64_t first, int rows, const uint8_t** at, int32_t* x_sums) {
              for (int i = 0; i < rows; ++i) {
-               at[i] = cells.codes + (first + i) * cells.stride;
+               at[i] = cells + (first + i) * (as_is ? stride : width);
                for (int64_t piece = 0; piece < weight.pieces; ++piece)
-                 x_sums[piece * rows + i] = cells.sums[(first + i) * weight.pieces + piece];
+                 x_sums[piece * rows + i] = sums[size_t((first + i) * weight.pieces + piece)];
              }
            });
 }

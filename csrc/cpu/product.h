@@ -11,10 +11,11 @@ namespace ttaq {
 
 constexpr int LANES = 16, MOST_ROWS = 8, MOST_PANELS = 3;
 
-// The sums over `taps` cells of each row with as many stretches of `dwords` of each panel.
+// The sums of each row of cells, of which run r begins at offsets[r], with as many stretches of `dwords` of each panel.
 struct IntegerTile {
-  const uint8_t* const* cells;  // taps * rows of them: those of tap 0, of tap 1, ...
-  int64_t taps, dwords;
+  const uint8_t* const* cells;  // by row
+  const int64_t* offsets;       // by run
+  int64_t runs, dwords;
   const uint32_t* panels;  // panel j at panels + j * panel
   int64_t panel;
   int32_t* sums;  // [rows][MOST_PANELS * LANES], overwritten
@@ -34,21 +35,35 @@ struct Finish {
   bool first, last;
 };
 
+// The same for a row of channels that are convolved by themselves.
+struct FinishDeep {
+  const int32_t *sums, *code_sums, *shift, *weight_sum;  // by channel
+  const float *scale, *bias;
+  int64_t channels;
+  float x_scale;
+  int32_t x_zero;
+  void* y;
+};
+
 // Indexed by planes / 2: 1, 2 and 4 planes.
 struct Products {
   int rows, panels;  // of the largest tile
   void (*integer[3][MOST_ROWS][MOST_PANELS])(const IntegerTile& tile);  // by rows - 1 and panels - 1
-  void (*arrange[3])(const uint8_t* codes, int64_t n, uint8_t* cell, int64_t width);
+  // Makes `count` cells of `width` bytes, side by side, of as many rows of `channels` codes, `stride` apart, with the sum
+  // of each. `sums` may be null.
+  void (*arrange[3])(const uint8_t* codes, int64_t stride, int64_t count, int64_t channels, uint8_t* cells,
+                     int64_t width, int32_t* sums);
   void (*spread[3])(const uint8_t* codes, int64_t n, uint8_t* planes, int64_t stream);
+  void (*interleave)(const uint8_t* rows, int64_t stride, uint8_t* columns, int64_t column_stride);  // 16 x 16 bytes
   void (*transpose)(const uint8_t* const* rows, int64_t dwords, uint32_t flipped, uint32_t* panel);
   void (*widen)(const uint8_t* words, int64_t n, uint8_t* wide);  // codes of 3 bits to 4
   void (*finish[3])(const Finish& finish);                        // by enum ttaq_dtype
-  // Of a convolution of each channel by itself: the sums over `taps` pixels of (code - x_zero) * weight, weight: [taps]
-  // [channels]; and sums * (x_scale * scale) + bias.
-  void (*depthwise)(const uint8_t* const* cells, const int16_t* weight, int64_t taps, int64_t channels, int32_t x_zero,
-                    int32_t* sums);
-  void (*scale_rows[3])(const int32_t* sums, const float* scale, const float* bias, float x_scale, int64_t channels,
-                        void* y);
+  // Of a convolution of each channel by itself: lays out signed weights [taps][width], width a multiple of 64, for the
+  // second, in 2 * DEEPEST bytes an element; and the sums over taps of code * weight and of the codes, [width] each.
+  void (*deepen)(const int8_t* weight, int64_t taps, int64_t width, int8_t* deep);
+  void (*depthwise)(const uint8_t* cell, const int64_t* offsets, const int8_t* deep, int64_t taps, int64_t width,
+                    int32_t* sums, int32_t* code_sums);
+  void (*finish_deep[3])(const FinishDeep& finish);  // by enum ttaq_dtype
   // Null, or: the sums of `rows` <= 4 rows of words with `inputs` <= 4 rows of activations, [rows][4], and of the codes
   // themselves. The codes of an input lie by planes: those of plane 0, with zeros to a multiple of 64, those of plane 1.
   void (*dot[3])(const uint8_t* const* words, int rows, int64_t bytes, const uint8_t* planes, int inputs,

@@ -6,7 +6,7 @@
 #include "number.h"
 #include "product.h"
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -139,10 +139,10 @@ __attribute__((noinline)) void integer(const IntegerTile& tile) {
 #pragma GCC unroll 3
     for (int j = 0; j < COUNT; ++j) sums[i][j] = nothing();
   const uint32_t* word = tile.panels;
-  for (int64_t tap = 0; tap < tile.taps; ++tap) {
+  for (int64_t run = 0; run < tile.runs; ++run) {
     const uint8_t* x[ROWS];
 #pragma GCC unroll 8
-    for (int i = 0; i < ROWS; ++i) x[i] = tile.cells[tap * ROWS + i];
+    for (int i = 0; i < ROWS; ++i) x[i] = tile.cells[i] + tile.offsets[run];
     for (int64_t at = 0; at < 4 * PLANES * tile.dwords; at += 4 * PLANES, word += LANES) {
       Vector words[COUNT];
 #pragma GCC unroll 3
@@ -220,7 +220,7 @@ inline __m256i widened(__m256i words) {
 
 // Lays out the codes of a cell: code j of plane p of a dword is code j * PLANES + p. What lies beyond `n` is 0.
 template <int PLANES>
-void arrange(const uint8_t* codes, int64_t n, uint8_t* cell, int64_t width) {
+inline void lay_out(const uint8_t* codes, int64_t n, uint8_t* cell, int64_t width) {
   int64_t at = 0;
 #if defined(__AVX2__)
   const __m128i order = PLANES == 2 ? _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15)
@@ -234,6 +234,56 @@ void arrange(const uint8_t* codes, int64_t n, uint8_t* cell, int64_t width) {
   }
   for (int64_t i = at; i < width; ++i) cell[i] = 0;
   for (; at < n; ++at) cell[at / (4 * PLANES) * 4 * PLANES + at % PLANES * 4 + at % (4 * PLANES) / PLANES] = codes[at];
+}
+
+inline int32_t sum_of(const uint8_t* codes, int64_t n) {
+  int64_t at = 0;
+  int32_t sum = 0;
+#if defined(__AVX512VNNI__)
+  Vector sums = nothing();
+  for (; at + 64 <= n; at += 64)
+    sums = add_products<1>(sums, _mm512_loadu_si512(codes + at), everywhere(0x01010101));
+  if (at) sum = _mm512_reduce_add_epi32(sums);
+#endif
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = at; i < n; ++i) sum += codes[i];
+  return sum;
+}
+
+template <int PLANES>
+void arrange(const uint8_t* codes, int64_t stride, int64_t count, int64_t channels, uint8_t* cells, int64_t width,
+             int32_t* sums) {
+  if (channels == 3 && width == 4) {  // the colours of an image
+    for (int64_t i = 0; i < count; ++i, codes += stride) {
+      const uint8_t cell[4] = {codes[0], codes[1], codes[2], 0};
+      memcpy(cells + 4 * i, cell, 4);
+      if (sums) sums[i] = codes[0] + codes[1] + codes[2];
+    }
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    lay_out<PLANES>(codes + i * stride, channels, cells + i * width, width);
+    if (sums) sums[i] = sum_of(codes + i * stride, channels);
+  }
+}
+
+// Turns sixteen rows of sixteen bytes into columns.
+void interleave(const uint8_t* rows, int64_t stride, uint8_t* columns, int64_t column_stride) {
+#if defined(__SSE2__)
+  __m128i a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm_loadu_si128((const __m128i*)(rows + i * stride));
+  for (int round = 0; round < 4; ++round) {
+    for (int i = 0; i < 8; ++i) {
+      b[2 * i] = _mm_unpacklo_epi8(a[i], a[i + 8]);
+      b[2 * i + 1] = _mm_unpackhi_epi8(a[i], a[i + 8]);
+    }
+    memcpy(a, b, sizeof a);
+  }
+  for (int i = 0; i < 16; ++i) _mm_storeu_si128((__m128i*)(columns + i * column_stride), a[i]);
+#else
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 16; ++j) columns[j * column_stride + i] = rows[i * stride + j];
+#endif
 }
 
 // Makes a panel of sixteen rows of dwords; `flipped` is xored to each.
@@ -292,33 +342,91 @@ void finish(const Finish& f) {
 
 // ---- Each channel by itself ------------------------------------------------------------------------------------------
 
-void depthwise(const uint8_t* const* cells, const int16_t* weight, int64_t taps, int64_t channels, int32_t x_zero,
-               int32_t* sums) {
-  constexpr int64_t STRIP = 64;
-  for (int64_t first = 0; first < channels; first += STRIP) {
-    const int64_t n = channels - first < STRIP ? channels - first : STRIP;
-    int32_t sum[STRIP] = {};
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      const uint8_t* x = cells[tap] + first;
-      const int16_t* w = weight + tap * channels + first;
-      if (n == STRIP) {
-#pragma omp simd
-        for (int64_t c = 0; c < STRIP; ++c) sum[c] += int32_t(int16_t(x[c] - x_zero)) * int32_t(w[c]);
-      } else {
-        for (int64_t c = 0; c < n; ++c) sum[c] += (x[c] - x_zero) * int32_t(w[c]);
+constexpr int64_t DEEP = 64;  // channels that are convolved together
+
+#if defined(__AVX512VNNI__)
+
+// By four taps and DEEP channels: what the interleaved bytes of four pixels meet in four vectors.
+void deepen(const int8_t* weight, int64_t taps, int64_t width, int8_t* deep) {
+  for (int64_t tap = 0; tap < (taps + 3) / 4 * 4; ++tap)
+    for (int64_t c = 0; c < width; ++c) {
+      const int64_t block = (tap / 4 * (width / DEEP) + c / DEEP) * 4 + c % 16 / 4;
+      deep[block * DEEP + (c % DEEP / 16 * 4 + c % 4) * 4 + tap % 4] = tap < taps ? weight[tap * width + c] : 0;
+    }
+}
+
+// Brings the sums of DEEP channels from the order of the interleaved bytes to their own.
+inline void store_deep(int32_t* sums, const Vector (&v)[4]) {
+  const Vector a = _mm512_shuffle_i32x4(v[0], v[1], 0x44), b = _mm512_shuffle_i32x4(v[0], v[1], 0xee);
+  const Vector c = _mm512_shuffle_i32x4(v[2], v[3], 0x44), d = _mm512_shuffle_i32x4(v[2], v[3], 0xee);
+  store(sums, _mm512_shuffle_i32x4(a, c, 0x88));
+  store(sums + 16, _mm512_shuffle_i32x4(a, c, 0xdd));
+  store(sums + 32, _mm512_shuffle_i32x4(b, d, 0x88));
+  store(sums + 48, _mm512_shuffle_i32x4(b, d, 0xdd));
+}
+
+void depthwise(const uint8_t* cell, const int64_t* offsets, const int8_t* deep, int64_t taps, int64_t width,
+               int32_t* sums, int32_t* code_sums) {
+  for (int64_t first = 0; first < width; first += DEEP) {
+    Vector sum[4], total[4];
+    for (int v = 0; v < 4; ++v) sum[v] = total[v] = nothing();
+    for (int64_t tap = 0; tap < taps; tap += 4) {
+      Vector x[4];
+#pragma GCC unroll 4
+      for (int t = 0; t < 4; ++t)
+        x[t] = tap + t < taps ? load((const uint32_t*)(cell + offsets[tap + t] + first)) : nothing();
+      const Vector a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpackhi_epi8(x[0], x[1]);
+      const Vector c = _mm512_unpacklo_epi8(x[2], x[3]), d = _mm512_unpackhi_epi8(x[2], x[3]);
+      const Vector mixed[4] = {_mm512_unpacklo_epi16(a, c), _mm512_unpackhi_epi16(a, c), _mm512_unpacklo_epi16(b, d),
+                               _mm512_unpackhi_epi16(b, d)};
+      const int8_t* w = deep + (tap / 4 * (width / DEEP) + first / DEEP) * 4 * DEEP;
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) {
+        sum[v] = add_products<1>(sum[v], mixed[v], load((const uint32_t*)(w + v * DEEP)));
+        total[v] = add_products<1>(total[v], mixed[v], everywhere(0x01010101));
       }
     }
-    memcpy(sums + first, sum, size_t(n) * sizeof *sum);
+    store_deep(sums + first, sum);
+    store_deep(code_sums + first, total);
   }
 }
 
-template <class T>
-void scale_rows(const int32_t* sums, const float* scale, const float* bias, float x_scale, int64_t channels, void* y_) {
-  T* y = (T*)y_;
+#else
+
+void deepen(const int8_t* weight, int64_t taps, int64_t width, int8_t* deep) {
+  memcpy(deep, weight, size_t(taps * width));
+}
+
+void depthwise(const uint8_t* cell, const int64_t* offsets, const int8_t* deep, int64_t taps, int64_t width,
+               int32_t* sums, int32_t* code_sums) {
+  for (int64_t first = 0; first < width; first += DEEP) {
+    int32_t sum[DEEP] = {}, total[DEEP] = {};
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const uint8_t* x = cell + offsets[tap] + first;
+      const int8_t* w = deep + tap * width + first;
 #pragma omp simd
-  for (int64_t c = 0; c < channels; ++c) {
-    const float value = float(sums[c]) * (x_scale * scale[c]);
-    narrow(bias ? value + bias[c] : value, y[c]);
+      for (int64_t c = 0; c < DEEP; ++c) {
+        sum[c] += int32_t(x[c]) * int32_t(w[c]);
+        total[c] += x[c];
+      }
+    }
+    memcpy(sums + first, sum, sizeof sum);
+    memcpy(code_sums + first, total, sizeof total);
+  }
+}
+
+#endif
+
+template <class T>
+void finish_deep(const FinishDeep& f) {
+  T* y = (T*)f.y;
+  const uint32_t x_zero = uint32_t(f.x_zero);
+#pragma omp simd
+  for (int64_t c = 0; c < f.channels; ++c) {
+    const uint32_t exact =
+        uint32_t(f.sums[c]) - uint32_t(f.shift[c]) * uint32_t(f.code_sums[c]) - x_zero * uint32_t(f.weight_sum[c]);
+    const float value = float(int32_t(exact)) * (f.x_scale * f.scale[c]);
+    narrow(f.bias ? value + f.bias[c] : value, y[c]);
   }
 }
 
@@ -422,8 +530,8 @@ constexpr auto entry() -> void (*)(const IntegerTile&) {
 
 const Products TTAQ_LEVEL::products = {
     TALLEST, WIDEST, {PLANES_OF(1), PLANES_OF(2), PLANES_OF(4)}, {arrange<1>, arrange<2>, arrange<4>},
-    {spread<1>, spread<2>, spread<4>}, transpose, widen, {finish<float>, finish<bfloat16>, finish<float16>},
-    depthwise, {scale_rows<float>, scale_rows<bfloat16>, scale_rows<float16>}, {dot<1>, dot<2>, dot<4>},
+    {spread<1>, spread<2>, spread<4>}, interleave, transpose, widen, {finish<float>, finish<bfloat16>, finish<float16>},
+    deepen, depthwise, {finish_deep<float>, finish_deep<bfloat16>, finish_deep<float16>}, {dot<1>, dot<2>, dot<4>},
 };
 
 }  // namespace ttaq
