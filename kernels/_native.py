@@ -15,8 +15,8 @@ from ._library import BITS, DTYPES, KINDS, LEVELS, check, cpu_level, level_numbe
 __all__ = (
     "BITS", "DTYPES", "KINDS", "LEVELS", "activation_codes", "aligned_fake_quant", "aligned_fake_quant_backward",
     "cpu_level", "fake_quant", "fake_quant_backward", "library", "log2_codes", "log2_fake_quant",
-    "log2_fake_quant_backward", "pack_codes", "packed_conv2d", "packed_linear", "perturbed_fake_quant", "perturbed_fake_quant_backward",
-    "quantize_codes", "reason", "soft_round", "soft_round_backward", "unpack_codes",
+    "log2_fake_quant_backward", "pack_codes", "packed_conv2d", "packed_linear", "perturbed_fake_quant",
+    "perturbed_fake_quant_backward", "quantize_codes", "reason", "soft_round", "soft_round_backward", "unpack_codes",
 )  # fmt: skip
 
 
