@@ -1,5 +1,7 @@
 """Two-dimensional convolution on packed low-bit weights; padding stands for the value 0.0.
 
+A row of words holds the codes of one output tap by tap, channels innermost (`codes.weight_rows`): inputs whose channels
+lie side by side then meet them in the order of memory.
 The integer law is that of `packed_linear`: exact integer sums, times ``scale_x * scale_w`` in float32, plus bias.
 """
 
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 from . import _native
 from ._tiles import activation_operand, exact_sum, gather_codes, load_codes, weight_operand, without_autocast
 from ._triton import jit, tl, triton
-from .codes import exact_product, refuses_sum, refuses_words, stored_codes, unpacked
+from .codes import PACKABLE, exact_product, refuses_sum, refuses_words, stored_codes, unpacked, weight_of_rows
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -28,7 +30,7 @@ def reference(
         bias = None if bias is None else bias.to(x.dtype)
         return layout.copy_(F.conv2d(x, weight, bias, *geometry[1:]))
     terms = shape[1] * shape[2] * shape[3]
-    weight = (stored_codes(words, bits, terms).float() - zero.unsqueeze(-1)).reshape(shape)
+    weight = weight_of_rows(stored_codes(words, bits, terms).float() - zero.unsqueeze(-1), shape)
     with torch.backends.cudnn.flags(enabled=False):  # Winograd and TF32 sums of integers are not exact
         convolve = lambda x, weight: F.conv2d(x, weight, None, *geometry[1:])  # noqa: E731
         sums = exact_product(convolve, x.float() - x_zero, weight, terms, x_bits, bits)
@@ -47,7 +49,7 @@ def reference_backward(grad, words, scale, zero, bits, input_shape, kernel_size,
 def dequantise(words, scale, zero, bits, shape):
     """Return the float32 weight of `shape` behind `words`; it must not outlive the call."""
     codes = stored_codes(words, bits, shape[1] * shape[2] * shape[3])
-    return ((codes.float() - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).reshape(shape)
+    return weight_of_rows((codes.float() - zero.unsqueeze(-1)) * scale.unsqueeze(-1), shape)
 
 
 def fake(
@@ -80,7 +82,8 @@ def _packed_conv2d_kernel(
     m = tl.minimum(offs_m, M - 1)
     image, pixel = (m // (OH * OW)).to(tl.int64), m % (OH * OW)
     top, left = pixel // OW * step_h - pad_h, pixel % OW * step_w - pad_w
-    images = x_ptr + image * stride_xb + (tl.program_id(1) * (K // (R * S))).to(tl.int64) * stride_xc
+    C = K // (R * S)
+    images = x_ptr + image * stride_xb + (tl.program_id(1) * C).to(tl.int64) * stride_xc
     rows = word_ptr + n.to(tl.int64) * row_bytes
     zero, scale = tl.load(zero_ptr + n), tl.load(scale_ptr + n)
     zero_x = tl.load(x_zero_ptr) if INTEGER else 0
@@ -90,10 +93,11 @@ def _packed_conv2d_kernel(
     for start in range(0, K, BLOCK_K):
         w = load_codes(rows, start, row_bytes, BITS, BLOCK_K, EVEN)
         k = (start + tl.arange(0, BLOCK_K))[:, None]
-        h = top[None, :] + k % (R * S) // S * dilation_h
-        v = left[None, :] + k % S * dilation_w
+        tap = k // C
+        h = top[None, :] + tap // S * dilation_h
+        v = left[None, :] + tap % S * dilation_w
         inside = (k < K) & (h >= 0) & (h < H) & (v >= 0) & (v < W)
-        offs = k // (R * S) * stride_xc + h * stride_xh + v * stride_xw
+        offs = (k - tap * C) * stride_xc + h * stride_xh + v * stride_xw
         x = tl.load(images[None, :] + offs, mask=inside, other=0)
         if INTEGER:  # padding, and what lies beyond K, gets the code of 0.0
             x = activation_operand(tl.where(inside, x, zero_x.to(tl.uint8)), WIDE_X)
@@ -142,7 +146,7 @@ def _packed_conv2d_backward_kernel(
             pointers = images[None, :] + (n[:, None] * stride_gc + offs[None, :])
             grad = tl.load(pointers, mask=inside[None, :] & (offs_n < N)[:, None], other=0.0)
             rows = word_ptr + n.to(tl.int64) * row_bytes
-            code = gather_codes(rows[None, :], offs_c[:, None] * (R * S) + tap, (offs_c < C)[:, None], BITS)
+            code = gather_codes(rows[None, :], tap * C + offs_c[:, None], (offs_c < C)[:, None], BITS)
             w = (code.to(tl.float32) - tl.load(zero_ptr + n).to(tl.float32)[None, :]) * tl.load(scale_ptr + n)[None, :]
             dx = tl.dot(w.to(grad.dtype), grad, dx, input_precision="ieee")
     channel = image[None, :] * tl.num_programs(1) * C + (group * C + offs_c)[:, None]
@@ -255,7 +259,47 @@ def refuses_backward(grad, words, scale, zero, bits, input_shape, kernel_size, s
     return _refuses_size(grad, groups) or refuses_words(words, bits, 0, k)
 
 
-def launch_cpu(x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, *args):
+def launch_cpu(
+    x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, stride, padding, dilation, groups, dtype
+):
+    """Run the native kernel on activation codes."""
+    geometry = kernel_size, stride, padding, dilation, groups
+    y = fake(x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, *geometry, dtype)
+    if y.numel() == 0:
+        return y
+    channels_last = not y.is_contiguous()
+    k = x.shape[1] // groups * kernel_size[0] * kernel_size[1]
+    _native.packed_conv2d(
+        x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format),
+        words.contiguous(),
+        scale.contiguous(),
+        zero.contiguous(),
+        None if bias is None else bias.float().contiguous(),
+        x_scale,
+        x_zero,
+        y,
+        8 if words.shape[-1] == k else bits,
+        (*kernel_size, *stride, *padding, *dilation, groups),
+        channels_last,
+    )
+    return y
+
+
+def refuses_cpu(
+    x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, stride, padding, dilation, groups, dtype
+):
+    """Say why the native kernel cannot run, or None."""
+    if reason := _native.reason("cpu"):
+        return reason
+    if x_scale is None:
+        return "x holds floats; the kernel multiplies codes"
+    k = x.shape[1] // groups * kernel_size[0] * kernel_size[1]
+    if words.shape[-1] != k and bits not in PACKABLE:
+        return f"the words hold {bits} bits a code; the kernel reads 2, 3, 4 and 8"
+    return refuses_sum(k, bits, x_bits)
+
+
+def launch_unpacked(x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, *args):
     """Compute the reference on codes that the native kernel has unpacked."""
     k = x.shape[1] // args[-2] * kernel_size[0] * kernel_size[1]
     words = unpacked(words, bits, k)
@@ -268,7 +312,7 @@ def launch_cpu_backward(grad, words, scale, zero, bits, input_shape, kernel_size
     return reference_backward(grad, unpacked(words, bits, k), scale, zero, bits, input_shape, kernel_size, *args)
 
 
-def refuses_cpu(*args):
+def refuses_unpacked(*args):
     """Say why the native kernel cannot unpack, or None."""
     return _native.reason("cpu")
 

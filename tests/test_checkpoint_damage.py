@@ -99,8 +99,11 @@ def test_an_edited_header(saved, change):
 
 
 def test_another_format(saved):
-    rewrite(saved, change_header=lambda h: h.update(format=2), digest=True)
-    with pytest.raises(ValueError, match=r"has format 2, this version reads 1; upgrade ttaq$"):
+    rewrite(saved, change_header=lambda h: h.update(format=3), digest=True)
+    with pytest.raises(ValueError, match=r"has format 3, this version reads 2; upgrade ttaq$"):
+        ttaq.load(saved, resnet())
+    rewrite(saved, change_header=lambda h: h.update(format=1), digest=True)
+    with pytest.raises(ValueError, match=r"has format 1, this version reads 2; pack the model again$"):
         ttaq.load(saved, resnet())
     rewrite(saved, change_header=lambda h: [1, 2], digest=True)
     with pytest.raises(ValueError, match="has format None"):

@@ -20,14 +20,15 @@ def on_codes(case):
 def weight64(words, scale, zero, bits, channels, kernel_size):
     """Dequantise in float64: (O, channels, R, S)."""
     codes = cd.stored_codes(words, bits, channels * kernel_size[0] * kernel_size[1]).double()
-    return ((codes - zero.unsqueeze(-1)) * scale.double().unsqueeze(-1)).unflatten(-1, (channels, *kernel_size))
+    weight = (codes - zero.unsqueeze(-1)) * scale.double().unsqueeze(-1)
+    return weight.unflatten(-1, (*kernel_size, channels)).permute(0, 3, 1, 2)
 
 
 def integer_law(x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, *geometry, dtype):
     """Compute the convolution on codes with int64 sums over unfolded patches."""
     kernel_size, stride, padding, dilation, groups = geometry
     patches = F.unfold((x.long() - x_zero).double(), kernel_size, dilation, padding, stride).long()
-    patches = patches.unflatten(1, (groups, -1))
+    patches = patches.unflatten(1, (groups, -1, kernel_size[0] * kernel_size[1])).transpose(2, 3).flatten(2, 3)
     weight = cd.stored_codes(words, bits, patches.shape[2]).long() - zero.unsqueeze(-1)
     sums = torch.einsum("bgkp,gok->bgop", patches, weight.unflatten(0, (groups, -1))).flatten(1, 2)
     y = sums.float() * (x_scale * scale).unsqueeze(-1)

@@ -16,3 +16,4 @@ __all__ = (
 
 PACKABLE = cd.PACKABLE
 row_bytes = cd.row_bytes
+weight_rows, weight_of_rows = cd.weight_rows, cd.weight_of_rows
