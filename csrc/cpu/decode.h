@@ -91,23 +91,21 @@ struct Spreader<8> {
   }
 };
 
-// Writes the values of `count` codes, of which the first begins `bit` bits after `row`, and of what follows them up to a
-// whole vector, to `out`.
+// Writes the values of `count` codes, of which the first begins `bit` bits after `row` and is brought down by `first`, and
+// of what follows them up to a whole vector, to `out`.
 template <int BITS>
-inline void dequantise_run(const uint8_t* row, const uint8_t* end, int64_t bit, const Values<BITS>& values,
-                           int64_t count, float* out) {
+inline void dequantise_run(const uint8_t* row, const uint8_t* end, int64_t bit, const Spreader<BITS>& first,
+                           const Values<BITS>& values, int64_t count, float* out) {
   constexpr bool WHOLE_BYTES = LANES * BITS % 8 == 0;  // in a vector: then all begin at the same bit of a byte
-  const Spreader<BITS> first(bit % 8);
-  for (int64_t i = 0; i < count; i += LANES, bit += LANES * BITS) {
-    const uint8_t* words = row + bit / 8;
-    const Spreader<BITS> spread = WHOLE_BYTES ? first : Spreader<BITS>(bit % 8);
-    if (end - words >= REACH) {
-      store(out + i, values.of(spread(words)));
-    } else {
-      uint8_t rest[REACH] = {};
-      memcpy(rest, words, size_t(end - words));
-      store(out + i, values.of(spread(rest)));
-    }
+  const uint8_t* words = row + bit / 8;
+  int64_t i = 0;
+  for (; WHOLE_BYTES && i < count && end - words >= REACH; i += LANES, words += LANES * BITS / 8)
+    store(out + i, values.of(first(words)));
+  for (; i < count; i += LANES) {
+    const int64_t at = bit + i * BITS, left = end - (row + at / 8);
+    uint8_t rest[REACH] = {};
+    memcpy(rest, row + at / 8, size_t(left < REACH ? left : REACH));
+    store(out + i, values.of(Spreader<BITS>(at % 8)(rest)));
   }
 }
 
@@ -115,12 +113,14 @@ template <int BITS>
 void dequantise(const Weights& weights, int64_t row, int64_t rows, int64_t column, int64_t columns, float* tile,
                 int64_t stride) {
   const int64_t last = column + columns;
+  Spreader<BITS> spread(column * BITS % 8);  // rows begin with a byte
   for (int64_t n = row; n < row + rows; ++n, tile += stride) {
-    for (int64_t at = column; at < last;) {
-      const int64_t group = at / weights.group, next = (group + 1) * weights.group, stop = next < last ? next : last;
-      const int64_t parameter = n * weights.groups + group;
-      const Values<BITS> values(weights.scale[parameter], float(weights.zero[parameter]));
-      dequantise_run(weights.row(n), weights.end, at * BITS, values, stop - at, tile + at - column);
+    const int64_t parameters = n * weights.groups;
+    for (int64_t at = column, group = column / weights.group; at < last; ++group) {
+      const int64_t next = (group + 1) * weights.group, stop = next < last ? next : last;
+      const Values<BITS> values(weights.scale[parameters + group], float(weights.zero[parameters + group]));
+      if (weights.groups > 1) spread = Spreader<BITS>(at * BITS % 8);
+      dequantise_run(weights.row(n), weights.end, at * BITS, spread, values, stop - at, tile + at - column);
       at = stop;
     }
     for (int64_t i = columns; i % PADDING; ++i) tile[i] = 0.0f;

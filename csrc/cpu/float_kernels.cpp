@@ -137,10 +137,14 @@ struct CodesOfBlock {
 
 template <>
 CodesOfBlock<2>::CodesOfBlock(const uint8_t* words) {
+#if defined(__AVX512F__)
+  lanes = in_register((Lanes)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)words)));
+#else
   typedef uint16_t Pairs __attribute__((vector_size(2 * LANES)));  // of bytes
   Pairs pairs;
   memcpy(&pairs, words, sizeof pairs);
   lanes = in_register(__builtin_convertvector(pairs, Lanes));
+#endif
 }
 
 template <>
