@@ -33,8 +33,8 @@ def linear(device: str) -> Iterator[Case]:
             yield _linear_case(f"ViT-B {layer}", m, *_LAYERS[layer], bits, x_bits, device, quick=quick)
     for layer, m in product(("qkv", "proj"), (197, 1)):
         yield _linear_case(f"ViT-B {layer}", m, *_LAYERS[layer], 4, 8, device)
-    for bits in (2, 4):
-        yield _linear_case("4096x4096", 1, 4096, 4096, bits, 8, device)
+    for bits, x_bits in product((2, 4), (8, None)):
+        yield _linear_case("4096x4096", 1, 4096, 4096, bits, x_bits, device)
     for layer in ("fc1", "fc2"):
         yield _linear_case(f"ViT-B {layer}", 197, *_LAYERS[layer], 4, None, device, gradient=True)
     if device == "cuda":

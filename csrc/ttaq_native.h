@@ -159,6 +159,20 @@ TTAQ_EXPORT int ttaq_cpu_packed_conv2d(const uint8_t* x, const uint8_t* words, c
                                        int dtype, int bits, int channels_last, const int64_t* geometry, int threads,
                                        int level);
 
+// y = x @ ((code - zero) * scale).T + bias, for rows of x that begin `stride` apart. words: (n, ceil(k * bits / 8)), as
+// above; scale, zero: (n,), or with a `group` that divides k (n, k / group). bias: (n,) or null. y: (m, n), overwritten.
+//   No more of the weight than a tile a thread is float at any time; the same bits for any number of threads.
+TTAQ_EXPORT int ttaq_cpu_packed_linear_floats(const void* x, int64_t stride, const uint8_t* words, const float* scale,
+                                              const int32_t* zero, const float* bias, void* y, int bits, int64_t group,
+                                              int64_t m, int64_t n, int64_t k, int x_dtype, int y_dtype, int threads,
+                                              int level);
+
+// dx = grad @ ((code - zero) * scale), for rows of grad that begin `stride` apart. dx: (m, k), overwritten.
+TTAQ_EXPORT int ttaq_cpu_packed_linear_backward(const void* grad, int64_t stride, const uint8_t* words,
+                                                const float* scale, const int32_t* zero, void* dx, int bits,
+                                                int64_t group, int64_t m, int64_t n, int64_t k, int dtype, int threads,
+                                                int level);
+
 // ---- CUDA ---------------------------------------------------------------------------------------------------------
 
 // 0 when a device can be used, else the cudaError_t of asking for one (35 without a driver).

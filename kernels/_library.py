@@ -49,6 +49,8 @@ _SIGNATURES = {
         "ttaq_cpu_unpack_codes": (_P, _P, _L, _L, _I, _I, _I),
         "ttaq_cpu_packed_linear": (_P, _L, *(_P,) * 6, _I, _P, _I, _I, _L, _L, _L, _L, _I, _I),
         "ttaq_cpu_packed_conv2d": (*(_P,) * 8, _I, _I, _I, _P, _I, _I),
+        "ttaq_cpu_packed_linear_floats": (_P, _L, *(_P,) * 5, _I, *(_L,) * 4, _I, _I, _I, _I),
+        "ttaq_cpu_packed_linear_backward": (_P, _L, *(_P,) * 4, _I, *(_L,) * 4, _I, _I, _I),
     },
     "cuda": {
         "ttaq_cuda_status": (),

@@ -15,8 +15,9 @@ from ._library import BITS, DTYPES, KINDS, LEVELS, check, cpu_level, level_numbe
 __all__ = (
     "BITS", "DTYPES", "KINDS", "LEVELS", "activation_codes", "aligned_fake_quant", "aligned_fake_quant_backward",
     "cpu_level", "fake_quant", "fake_quant_backward", "library", "log2_codes", "log2_fake_quant",
-    "log2_fake_quant_backward", "pack_codes", "packed_conv2d", "packed_linear", "perturbed_fake_quant",
-    "perturbed_fake_quant_backward", "quantize_codes", "reason", "soft_round", "soft_round_backward", "unpack_codes",
+    "log2_fake_quant_backward", "pack_codes", "packed_conv2d", "packed_linear", "packed_linear_backward",
+    "packed_linear_floats", "perturbed_fake_quant", "perturbed_fake_quant_backward", "quantize_codes", "reason",
+    "soft_round", "soft_round_backward", "unpack_codes",
 )  # fmt: skip
 
 
@@ -288,6 +289,46 @@ def packed_linear(
             None if bias is None else bias.data_ptr(), x_scale.data_ptr(), x_zero.data_ptr(), x_scale.numel() > 1,
             y.data_ptr(), DTYPES[y.dtype], bits, group, x.shape[0], words.shape[0], x.shape[1], threads(),
             level_number(level),
+        )
+    )  # fmt: skip
+
+
+def packed_linear_floats(
+    x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, y: Tensor, bits: int, group: int,
+    level: str | None = None,
+) -> None:  # fmt: skip
+    """Write the linear layer of kernels/packed_linear.py on floats to `y`.
+
+    Args:
+        x: (m, k), float32, bfloat16 or float16, elements of a row side by side.
+        words: As for `packed_linear`, and so scale, zero, bias and bits.
+        y: (m, n), float32, bfloat16 or float16; overwritten.
+        group: Inputs that share a scale, or 0.
+    """
+    check(
+        library("cpu").ttaq_cpu_packed_linear_floats(
+            x.data_ptr(), x.stride(0), words.data_ptr(), scale.data_ptr(), zero.data_ptr(),
+            None if bias is None else bias.data_ptr(), y.data_ptr(), bits, group, x.shape[0], words.shape[0],
+            x.shape[1], DTYPES[x.dtype], DTYPES[y.dtype], threads(), level_number(level),
+        )
+    )  # fmt: skip
+
+
+def packed_linear_backward(
+    grad: Tensor, words: Tensor, scale: Tensor, zero: Tensor, dx: Tensor, bits: int, group: int,
+    level: str | None = None,
+) -> None:  # fmt: skip
+    """Write the gradient of the input of the linear layer to `dx`; the same bits for any number of threads.
+
+    Args:
+        grad: (m, n), float32, bfloat16 or float16, elements of a row side by side.
+        words: As for `packed_linear_floats`, and so scale, zero, bits and group.
+        dx: (m, k), dtype of `grad`; overwritten.
+    """
+    check(
+        library("cpu").ttaq_cpu_packed_linear_backward(
+            grad.data_ptr(), grad.stride(0), words.data_ptr(), scale.data_ptr(), zero.data_ptr(), dx.data_ptr(), bits,
+            group, *grad.shape, dx.shape[1], DTYPES[grad.dtype], threads(), level_number(level),
         )
     )  # fmt: skip
 

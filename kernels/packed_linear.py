@@ -238,38 +238,46 @@ def refuses_backward(grad, words, scale, zero, bits, group, k):
 
 
 def launch_cpu(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits, dtype):
-    """Run the native kernel on activation codes."""
+    """Run the native kernel on activation codes, or on floats."""
     m, k = math.prod(x.shape[:-1]), x.shape[-1]
     y = x.new_empty((*x.shape[:-1], words.shape[0]), dtype=dtype)
     if y.numel():
-        _native.packed_linear(
-            _rows(x, m, k),
-            words.contiguous(),
-            scale.contiguous(),
-            zero.contiguous(),
-            None if bias is None else bias.float().contiguous(),
-            x_scale.contiguous(),
-            x_zero.contiguous(),
-            y,
-            8 if words.shape[-1] == k else bits,
-            group,
-        )
+        weight = (words.contiguous(), scale.contiguous(), zero.contiguous())
+        bias = None if bias is None else bias.float().contiguous()
+        last = (y, _stored(words, bits, k), group)
+        if x_scale is None:
+            _native.packed_linear_floats(_rows(x, m, k), *weight, bias, *last)
+        else:
+            _native.packed_linear(_rows(x, m, k), *weight, bias, x_scale.contiguous(), x_zero.contiguous(), *last)
     return y
 
 
 def refuses_cpu(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits, dtype):
     """Say why the native kernel cannot run, or None."""
-    if reason := _native.reason("cpu"):
-        return reason
-    if x_scale is None:
-        return "x holds floats; the kernel multiplies codes"
     k = x.shape[-1]
-    stored = 8 if words.shape[-1] == k else bits
-    if stored not in PACKABLE:
-        return f"the words hold {bits} bits a code; the kernel reads 2, 3, 4 and 8"
+    if x_scale is None:
+        return _refuses_floats("x", x, words, bits, k)
+    if reason := _native.reason("cpu") or _refuses_stored(words, bits, k):
+        return reason
+    stored = _stored(words, bits, k)
     if group * (4 if stored == 3 else stored) % 32:
         return f"groups of {group} codes of {stored} bits start inside dwords of a panel; the kernel wants whole ones"
     return refuses_sum(group or k, bits, x_bits)
+
+
+def launch_cpu_backward(grad, words, scale, zero, bits, group, k):
+    """Run the native kernel: no more of the weight than a tile a thread is float at any time."""
+    m, n = math.prod(grad.shape[:-1]), words.shape[0]
+    dx = grad.new_empty((*grad.shape[:-1], k))
+    if dx.numel():
+        weight = (words.contiguous(), scale.contiguous(), zero.contiguous())
+        _native.packed_linear_backward(_rows(grad, m, n), *weight, dx.view(m, k), _stored(words, bits, k), group)
+    return dx
+
+
+def refuses_cpu_backward(grad, words, scale, zero, bits, group, k):
+    """Say why the native kernel cannot run, or None."""
+    return _refuses_floats("grad", grad, words, bits, k)
 
 
 def launch_unpacked(x, words, *args):
@@ -277,7 +285,7 @@ def launch_unpacked(x, words, *args):
     return reference(x, unpacked(words, args[3], x.shape[-1]), *args)
 
 
-def launch_cpu_backward(grad, words, scale, zero, bits, group, k):
+def launch_unpacked_backward(grad, words, scale, zero, bits, group, k):
     """Compute the reference on codes that the native kernel has unpacked."""
     return reference_backward(grad, unpacked(words, bits, k), scale, zero, bits, group, k)
 
@@ -285,6 +293,22 @@ def launch_cpu_backward(grad, words, scale, zero, bits, group, k):
 def refuses_unpacked(*args):
     """Say why the native kernel cannot unpack, or None."""
     return _native.reason("cpu")
+
+
+def _stored(words, bits, k):
+    """Give the bits that a code takes in the words."""
+    return 8 if words.shape[-1] == k else bits
+
+
+def _refuses_stored(words, bits, k):
+    if _stored(words, bits, k) not in PACKABLE:
+        return f"the words hold {bits} bits a code; the kernel reads 2, 3, 4 and 8"
+
+
+def _refuses_floats(name, x, words, bits, k):
+    if x.dtype not in _native.DTYPES:
+        return f"{name} is {x.dtype}; the kernel takes float16, bfloat16 and float32"
+    return _native.reason("cpu") or _refuses_stored(words, bits, k)
 
 
 def _rows(x, m, k):

@@ -149,8 +149,8 @@ PACKED_LINEAR_BACKWARD = declare(
     "packed_linear_backward(Tensor grad, Tensor words, Tensor scale, Tensor zero, int bits, int group, int k)"
     " -> Tensor",
     Implementation("triton", pl.launch_backward, gpu(pl.refuses_backward)),
-    Implementation("cpu", pl.launch_cpu_backward, cpu(pl.refuses_unpacked)),
-    Implementation("unpacked", pl.launch_cpu_backward, cpu(pl.refuses_unpacked)),
+    Implementation("cpu", pl.launch_cpu_backward, cpu(pl.refuses_cpu_backward)),
+    Implementation("unpacked", pl.launch_unpacked_backward, cpu(pl.refuses_unpacked)),
     Implementation("reference", pl.reference_backward, never),
     fake=lambda grad, *rest: grad.new_empty((*grad.shape[:-1], rest[-1])),
 )

@@ -250,6 +250,7 @@ const Kernels TTAQ_LEVEL::kernels = {
     &TTAQ_LEVEL::aligned,
     FOR_EACH_DTYPE(extremes),
     total,
+    &TTAQ_LEVEL::float_kernels,
 };
 
 }  // namespace ttaq

@@ -58,6 +58,8 @@ struct Aligned {
                          const float* shift, Grid grid, const AlignedSums& sums);
 };
 
+struct FloatKernels;  // float_kernels.h
+
 // Without a sum of squares to learn from, `energy` and `denergy` are null; else they have one value an element.
 struct Kernels {
   void (*forward[2][3])(const void* x, void* y, Block block, const float* scale, const float* zero, Range range);
@@ -82,6 +84,7 @@ struct Kernels {
   const Aligned* aligned;
   Range (*extremes[3])(const void* x, int64_t n);  // with 0.0 among them; NaN where there is one
   int32_t (*total)(const uint8_t* codes, int64_t n);
+  const FloatKernels* floats;
 };
 
 namespace base {
@@ -102,6 +105,7 @@ void soft_round(const SoftWeights& weights, float* y, double* penalty, float* en
 void soft_round_backward(const float* grad, float dpenalty, const float* denergy, const SoftWeights& weights,
                          float* dv);
 extern const Aligned aligned;
+extern const FloatKernels float_kernels;
 }  // namespace TTAQ_LEVEL
 #endif
 
