@@ -47,17 +47,6 @@ def row_bytes(k: int, bits: int) -> int:
     return (k * bits + 7) // 8
 
 
-def weight_rows(weight):
-    """Turn a tensor of the shape (O, C, R, S) of a weight into rows (O, R * S * C): tap by tap, channels innermost."""
-    return weight.movedim(1, -1).flatten(1)
-
-
-def weight_of_rows(rows, shape):
-    """Turn rows (O, R * S * C) back into a weight of `shape` (O, C, R, S): the inverse of `weight_rows`."""
-    o, c, r, s = shape
-    return rows.reshape(o, r, s, c).movedim(-1, 1)
-
-
 def pack_reference(codes, bits):
     """Pack uint8 codes (..., K) into words (..., ceil(K * bits / 8))."""
     if bits == 8:
