@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .dispatch import explain
 from .layers import QuantConv2d, QuantLinear, activation_grid, counted, pad_input, row_grid
 from .quantizers import ActivationQuantizer, Gridded, dequantise
 from .spec import QuantSpec, Recipe
@@ -53,6 +54,16 @@ class _PackedLayer(Gridded):
         weight = ops.from_rows(weight, shape) if len(shape) == 4 else weight
         return weight if self.bias is None else weight.to(self.bias.dtype)
 
+    @torch.no_grad()
+    def explain(self, x: Tensor) -> str:
+        """Say which implementation multiplies an input such as `x` here, and why the others do not.
+
+        Args:
+            x: As for the layer.
+        """
+        op, args = self._raw(x)
+        return f"{op}, {self.spec.bits} bits, on {x.device}\n{explain(op, *args)}"
+
 
 class PackedLinear(_PackedLayer):
     """Linear layer whose weight is a bit stream of 2-, 3-, 4- or 8-bit codes; differentiable in its input.
@@ -87,6 +98,11 @@ class PackedLinear(_PackedLayer):
             x, self.words, self.scale, self.zero, self.bias, bits=self.spec.bits, group=self.spec.group, **grid
         )
         return counted(self, y, count)
+
+    def _raw(self, x):
+        codes, grid = _codes_like(x, row_grid(self.input_quantizer, x), x.shape[:-1])
+        weight = (self.words, self.scale, self.zero, self.bias, self.spec.bits, self.spec.group)
+        return "packed_linear", (codes, *weight, *grid, x.dtype)
 
     def extra_repr(self):
         return f"{self.in_features} -> {self.out_features}, {self.spec.bits} bits"
@@ -135,6 +151,13 @@ class PackedConv2d(_PackedLayer):
         )  # fmt: skip
         return counted(self, y, count)
 
+    def _raw(self, x):
+        x, padding = pad_input(self, x)
+        codes, grid = _codes_like(x, activation_grid(self.input_quantizer, x), ())
+        weight = (self.words, self.scale, self.zero, self.bias, self.spec.bits)
+        geometry = (*map(list, (self.kernel_size, self.stride, padding, self.dilation)), self.groups)
+        return "packed_conv2d", (codes, *weight, *grid, *geometry, x.dtype)
+
     def extra_repr(self):
         return f"{self.in_channels} -> {self.out_channels}, kernel {self.kernel_size}, {self.spec.bits} bits"
 
@@ -143,6 +166,15 @@ _GEOMETRY = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
     "_reversed_padding_repeated_twice",
 )  # fmt: skip
+
+
+def _codes_like(x, grid, rows):
+    """Give what the raw op would take of an input: its codes, not computed, and their (x_scale, x_zero, x_bits)."""
+    if not grid:
+        return x, (None, None, 8)
+    if "token" in grid:
+        grid |= {"x_scale": x.new_ones(rows, dtype=torch.float32), "x_zero": x.new_zeros(rows, dtype=torch.int32)}
+    return torch.empty_like(x, dtype=torch.uint8), (grid["x_scale"], grid["x_zero"], grid["x_bits"])
 
 
 def _check_inputs(kind, x, axis, wanted):
