@@ -106,6 +106,17 @@ void dots(const float* const* x, int64_t m, int64_t start, int64_t depth, const 
   }
 }
 
+void weigh(const float* const* values, const float* const* weights, int64_t taps, int64_t n, float* sums) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    Vector sum = load(sums + i);
+    for (int64_t tap = 0; tap < taps; ++tap) sum = fused(load(values[tap] + i), load(weights[tap] + i), sum);
+    store(sums + i, sum);
+  }
+  for (; i < n; ++i)
+    for (int64_t tap = 0; tap < taps; ++tap) sums[i] += values[tap][i] * weights[tap][i];
+}
+
 // A lane holds HELD codes that follow one another, and a block fills the lanes. All widths share this order, and so the
 // order of their sums: a layer on packed codes agrees with its twin on one code a byte.
 constexpr int HELD = 8;
@@ -222,7 +233,7 @@ void narrow_all(const float* from, int64_t n, void* to) {
 #define FOR_EACH_DTYPE(loop) {loop<float>, loop<bfloat16>, loop<float16>}
 
 const FloatKernels TTAQ_LEVEL::float_kernels = {
-    FOR_EACH_WIDTH(dequantise), multiply, dots, spread, FOR_EACH_WIDTH(row_sums), FOR_EACH_DTYPE(widen_all),
+    FOR_EACH_WIDTH(dequantise), multiply, dots, weigh, spread, FOR_EACH_WIDTH(row_sums), FOR_EACH_DTYPE(widen_all),
     FOR_EACH_DTYPE(narrow_all),
 };
 

@@ -32,6 +32,8 @@ struct FloatKernels {
   // a multiple of PADDING; n: of TOGETHER.
   void (*dots)(const float* const* x, int64_t m, int64_t start, int64_t depth, const float* tile, int64_t stride,
                int64_t n, float* sums, int64_t sums_stride);
+  // sums[0 .. n) += the sum of values[tap][0 .. n) * weights[tap][0 .. n) over the taps.
+  void (*weigh)(const float* const* values, const float* const* weights, int64_t taps, int64_t n, float* sums);
   // Orders k floats as `row_sums` reads them, and gives their number with the zeros that fill the last block.
   int64_t (*spread)(const float* x, int64_t k, float* out);
   // sums[i] = the sum over a row of (code - zero) * x, for `rows` rows of one group each.
