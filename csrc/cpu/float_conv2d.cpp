@@ -1,63 +1,15 @@
-// Convolutions of floats with packed weights, as products over pixels: channels lie innermost, in the images as in the
-// rows of the weights. The forward gathers what each output pixel sees; the backward points, tap by tap, to what each
-// input pixel gave to. Where every channel is convolved by itself there is no product, but a loop over taps.
-#include <string.h>
-
-#include "float_product.h"
+// Convolutions of floats with packed weights, as products over pixels. The forward multiplies what each output pixel
+// sees, where it lies or gathered; the backward points, tap by tap, to what each input pixel gave to.
+#include "float_conv2d.h"
 
 namespace ttaq {
 namespace {
 
-constexpr int64_t PIXELS = 72;  // gathered by a task of the forward,
-constexpr int64_t ALONE = 256;  // channels of a task that are convolved by themselves
-
-struct Geometry {
-  int64_t batch, channels, height, width, outputs, out_height, out_width;
-  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, step_h, step_w, groups;
-
-  int64_t taps() const { return kernel_h * kernel_w; }
-  int64_t inputs() const { return channels / groups; }  // of a group
-  int64_t group_outputs() const { return outputs / groups; }
-  int64_t pixels() const { return batch * height * width; }
-  int64_t out_pixels() const { return batch * out_height * out_width; }
-  bool alone() const { return inputs() == 1 && group_outputs() == 1; }
-};
-
-// Images of float32 that are written: `apart` floats between channels, images and pixels numbered through.
-struct Images {
-  float* values;
-  int64_t channels, pixels;  // of an image
-  bool channels_last;
-
-  float* at(int64_t pixel, int64_t channel) const {
-    if (channels_last) return values + pixel * channels + channel;
-    return values + (pixel / pixels * channels + channel) * pixels + pixel % pixels;
-  }
-
-  // Writes sums[i][0 .. n), rows `stride` apart, to pixel pixel[i] and the channels from `channel` on.
-  void write(const float* sums, int64_t stride, const int64_t* pixel, int64_t m, int64_t channel, int64_t n) const {
-    for (int64_t i = 0; i < m; ++i) {
-      float* to = at(pixel[i], channel);
-      if (channels_last)
-        memcpy(to, sums + i * stride, size_t(n) * sizeof(float));
-      else
-        for (int64_t j = 0; j < n; ++j) to[j * pixels] = sums[i * stride + j];
-    }
-  }
-};
-
-struct Call {
-  const FloatKernels* kernels;
-  Geometry g;
-  Weights weights;
-  int bits;
-  const float *source, *bias;
-  Images target;
-  int threads;
-};
+constexpr int64_t PIXELS = 72;  // of a task that gathers
 
 // Writes what output pixel `pixel` sees of a group, from element `first` to `last` of a row of weights; padding is 0.0.
-void gather(const Geometry& g, const float* x, int64_t pixel, int64_t group, int64_t first, int64_t last, float* out) {
+void gather(const FloatGeometry& g, const float* x, int64_t pixel, int64_t group, int64_t first, int64_t last,
+            float* out) {
   const int64_t image = pixel / (g.out_height * g.out_width), line = pixel / g.out_width % g.out_height;
   const int64_t top = line * g.stride_h - g.pad_h, left = pixel % g.out_width * g.stride_w - g.pad_w;
   const bool side_by_side = g.groups == 1 && g.step_w == 1;  // the taps of a line, in memory
@@ -76,41 +28,121 @@ void gather(const Geometry& g, const float* x, int64_t pixel, int64_t group, int
   }
 }
 
-// A block of output pixels against a block of outputs of a group.
-void convolve_block(const Call& call, int64_t first, int64_t m, int64_t group, int64_t output, int64_t n, float* tile,
-                    float* seen) {
-  const Geometry& g = call.g;
-  alignas(64) float sums[PIXELS * OUTPUTS];
-  const float* rows[PIXELS];
-  int64_t pixel[PIXELS];
-  for (int64_t i = 0; i < m; ++i) {
-    rows[i] = seen + i * LINE;
-    pixel[i] = first + i;
-    for (int64_t j = 0; j < OUTPUTS; ++j) sums[i * OUTPUTS + j] = call.bias && j < n ? call.bias[output + j] : 0.0f;
+// The images with their padding around them: the taps of every output pixel then lie alike.
+class Padded {
+ public:
+  Padded(const FloatGeometry& g, const float* x, bool wanted, int threads) : g_(g), first_(x) {
+    if (!wanted || (!g.pad_h && !g.pad_w)) return;
+    const int64_t line = wide() * g.channels, margin = g.pad_w * g.channels, inner = g.width * g.channels;
+    copy_ = allocate(g.batch * tall() * line);
+    first_ = copy_.get();
+    parallel_for(g.batch * tall(), threads, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        float* to = copy_.get() + i * line;
+        const int64_t h = i % tall() - g.pad_h;
+        const bool inside = h >= 0 && h < g.height;
+        std::fill_n(to, inside ? margin : line, 0.0f);
+        if (!inside) continue;
+        memcpy(to + margin, x + (i / tall() * g.height + h) * inner, size_t(inner) * sizeof(float));
+        std::fill_n(to + margin + inner, margin, 0.0f);
+      }
+    });
   }
-  const Parts depth(g.taps() * g.inputs(), DEPTH, PADDING);
-  for (int64_t part = 0; part < depth.count; ++part) {
-    const int64_t start = depth.start(part), length = depth.length(part);
-    for (int64_t i = 0; i < m; ++i) {
-      gather(g, call.source, first + i, group, start, start + length, seen + i * LINE);
-      std::fill(seen + i * LINE + length, seen + i * LINE + padded(length), 0.0f);
+
+  // The first tap of an output pixel.
+  const float* row(int64_t pixel, int64_t group) const {
+    const int64_t line = pixel / g_.out_width, at = line / g_.out_height * tall() + line % g_.out_height * g_.stride_h;
+    return first_ + (at * wide() + pixel % g_.out_width * g_.stride_w) * g_.channels + group * g_.inputs();
+  }
+
+ private:
+  int64_t tall() const { return g_.height + 2 * g_.pad_h; }
+  int64_t wide() const { return g_.width + 2 * g_.pad_w; }
+
+  const FloatGeometry& g_;
+  const float* first_;
+  Floats copy_;
+};
+
+// How a row of weights is cut into runs that lie side by side in padded images: none where one would not fill vectors.
+struct RunsOfTaps {
+  int64_t depth = 0, most = 0;  // of a run; runs of a tile
+  std::vector<int64_t> offsets;
+
+  explicit RunsOfTaps(const FloatGeometry& g) {
+    const int64_t taps = g.groups == 1 && g.step_w == 1 ? g.kernel_w : 1, run = taps * g.inputs();
+    if (run % PADDING) return;
+    int64_t pieces = ceil_div(run, DEPTH);
+    while (run % (pieces * PADDING)) ++pieces;
+    depth = run / pieces;
+    most = DEPTH / depth;
+    const int64_t wide = g.width + 2 * g.pad_w;
+    for (int64_t tap = 0; tap < g.taps(); tap += taps) {
+      const int64_t pixels = tap / g.kernel_w * g.step_h * wide + tap % g.kernel_w * g.step_w;
+      for (int64_t piece = 0; piece < pieces; ++piece) offsets.push_back(pixels * g.channels + piece * depth);
     }
-    add_outputs(*call.kernels, call.weights, call.bits, rows, m, 0, output, n, start, length, tile, sums);
   }
-  call.target.write(sums, OUTPUTS, pixel, m, output, n);
+};
+
+// A block of output pixels against a block of outputs of a group.
+struct Area {
+  int64_t first, m, group, output, n;
+};
+
+// Multiplies where the pixels lie.
+void add_runs(const Convolution& call, const Area& area, const Padded& images, const RunsOfTaps& runs, float* tile,
+              float* sums) {
+  const float* rows[MOST_ROWS];
+  for (int64_t i = 0; i < area.m; ++i) rows[i] = images.row(area.first + i, area.group);
+  const Parts parts(int64_t(runs.offsets.size()), runs.most, 1);
+  for (int64_t part = 0; part < parts.count; ++part) {
+    const int64_t run = parts.start(part), count = parts.length(part);
+    add_outputs(*call.kernels, call.weights, call.bits, rows, area.m, {&runs.offsets[size_t(run)], count, runs.depth},
+                area.output, area.n, run * runs.depth, count * runs.depth, tile, sums);
+  }
 }
 
-void convolve(const Call& call) {
-  const Geometry& g = call.g;
-  const Parts pixels(g.out_pixels(), PIXELS, 1), outputs(g.group_outputs(), OUTPUTS, TOGETHER);
+// Multiplies what it gathers in `seen`.
+void add_gathered(const Convolution& call, const Area& area, float* tile, float* seen, float* sums) {
+  const float* rows[PIXELS];
+  for (int64_t i = 0; i < area.m; ++i) rows[i] = seen + i * LINE;
+  const Parts depth(call.g.taps() * call.g.inputs(), DEPTH, PADDING);
+  for (int64_t part = 0; part < depth.count; ++part) {
+    const int64_t start = depth.start(part), length = depth.length(part), none = 0;
+    for (int64_t i = 0; i < area.m; ++i) {
+      gather(call.g, call.source, area.first + i, area.group, start, start + length, seen + i * LINE);
+      std::fill(seen + i * LINE + length, seen + i * LINE + padded(length), 0.0f);
+    }
+    add_outputs(*call.kernels, call.weights, call.bits, rows, area.m, {&none, 1, padded(length)}, area.output,
+                area.n, start, length, tile, sums);
+  }
+}
+
+void convolve(const Convolution& call) {
+  const FloatGeometry& g = call.g;
+  const RunsOfTaps runs(g);
+  const Padded images(g, call.source, runs.depth > 0, call.threads);
+  const Parts pixels(g.out_pixels(), runs.depth ? MOST_ROWS : PIXELS, 1);
+  const Parts outputs(g.group_outputs(), OUTPUTS, TOGETHER);
   const int64_t down = g.groups * outputs.count;
   parallel_for(pixels.count * down, call.threads, [&](int64_t begin, int64_t end) {
-    const Floats tile = allocate(OUTPUTS * LINE), seen = allocate(PIXELS * LINE);
+    const Floats tile = allocate(OUTPUTS * LINE), seen = allocate(runs.depth ? 0 : PIXELS * LINE);
+    alignas(64) float sums[MOST_ROWS * OUTPUTS];
+    int64_t pixel[MOST_ROWS];
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t block = task / down, group = task % down / outputs.count, part = task % outputs.count;
-      const int64_t output = group * g.group_outputs() + outputs.start(part);
-      convolve_block(call, pixels.start(block), pixels.length(block), group, output, outputs.length(part), tile.get(),
-                     seen.get());
+      const int64_t at = task / down, group = task % down / outputs.count, part = task % outputs.count;
+      const Area area{pixels.start(at), pixels.length(at), group,
+                      group * g.group_outputs() + outputs.start(part), outputs.length(part)};
+      for (int64_t i = 0; i < area.m; ++i) {
+        pixel[i] = area.first + i;
+        for (int64_t j = 0; j < OUTPUTS; ++j)
+          sums[i * OUTPUTS + j] = call.bias && j < area.n ? call.bias[area.output + j] : 0.0f;
+      }
+      if (runs.depth)
+        add_runs(call, area, images, runs, tile.get(), sums);
+      else
+        add_gathered(call, area, tile.get(), seen.get(), sums);
+      call.target.write(sums, OUTPUTS, pixel, area.m, area.output, area.n);
     }
   });
 }
@@ -120,7 +152,7 @@ void convolve(const Call& call) {
 struct Phase {
   int64_t top, left, lines, columns;
 
-  Phase(const Geometry& g, int64_t top_, int64_t left_) : top(top_), left(left_) {
+  Phase(const FloatGeometry& g, int64_t top_, int64_t left_) : top(top_), left(left_) {
     lines = ceil_div(std::max<int64_t>(0, g.height - top), g.stride_h);
     columns = ceil_div(std::max<int64_t>(0, g.width - left), g.stride_w);
   }
@@ -131,7 +163,7 @@ struct Task {
   int64_t first, m;
 };
 
-std::vector<Task> tasks_of(const Geometry& g) {
+std::vector<Task> tasks_of(const FloatGeometry& g) {
   std::vector<Task> tasks;
   for (int64_t top = 0; top < g.stride_h; ++top)
     for (int64_t left = 0; left < g.stride_w; ++left) {
@@ -143,16 +175,9 @@ std::vector<Task> tasks_of(const Geometry& g) {
   return tasks;
 }
 
-// The line, or column, of the output that reached `position` of the input through a tap, or -1.
-inline int64_t reached(int64_t position, int64_t pad, int64_t back, int64_t stride, int64_t size) {
-  const int64_t at = position + pad - back;
-  if (stride == 1) return at >= 0 && at < size ? at : -1;  // division is slow
-  return at >= 0 && at % stride == 0 && at / stride < size ? at / stride : -1;
-}
-
 // A block of input pixels against a panel of inputs of a group.
-void gather_panel(const Call& call, const Task& task, int64_t group, int64_t input, const float* nothing) {
-  const Geometry& g = call.g;
+void gather_panel(const Convolution& call, const Task& task, int64_t group, int64_t input, const float* nothing) {
+  const FloatGeometry& g = call.g;
   alignas(64) float tile[LINES * PANEL], sums[MOST_ROWS * PANEL];
   const float* rows[MOST_ROWS];
   int64_t pixel[MOST_ROWS], image[MOST_ROWS], h[MOST_ROWS], w[MOST_ROWS];
@@ -183,8 +208,8 @@ void gather_panel(const Call& call, const Task& task, int64_t group, int64_t inp
   call.target.write(sums, PANEL, pixel, task.m, group * c + input, n);
 }
 
-void convolve_back(const Call& call) {
-  const Geometry& g = call.g;
+void convolve_back(const Convolution& call) {
+  const FloatGeometry& g = call.g;
   const std::vector<Task> tasks = tasks_of(g);
   const std::vector<float> nothing(size_t(g.group_outputs()), 0.0f);
   const int64_t panels = ceil_div(g.inputs(), PANEL), each = g.groups * panels;
@@ -194,103 +219,31 @@ void convolve_back(const Call& call) {
   });
 }
 
-// The values that meet in one pixel, and the taps through which they do.
-struct Meeting {
-  std::vector<const float*> values, weights;
-
-  explicit Meeting(const Geometry& g) {
-    values.reserve(size_t(g.taps()));
-    weights.reserve(size_t(g.taps()));
-  }
-  void clear() {
-    values.clear();
-    weights.clear();
-  }
-  void add(const float* value, const float* weight) {
-    values.push_back(value);
-    weights.push_back(weight);
-  }
-};
-
-void meet_forward(const Call& call, int64_t pixel, int64_t channel, const float* weights, Meeting& meeting) {
-  const Geometry& g = call.g;
-  const int64_t line = pixel / g.out_width, image = line / g.out_height;
-  const int64_t top = line % g.out_height * g.stride_h - g.pad_h, left = pixel % g.out_width * g.stride_w - g.pad_w;
-  for (int64_t r = 0; r < g.kernel_h; ++r) {
-    const int64_t h = top + r * g.step_h;
-    if (h < 0 || h >= g.height) continue;
-    const float* values = call.source + ((image * g.height + h) * g.width + left) * g.channels + channel;
-    for (int64_t s = 0, w = left; s < g.kernel_w; ++s, w += g.step_w)
-      if (w >= 0 && w < g.width)
-        meeting.add(values + s * g.step_w * g.channels, weights + (r * g.kernel_w + s) * ALONE);
-  }
-}
-
-void meet_back(const Call& call, int64_t pixel, int64_t channel, const float* weights, Meeting& meeting) {
-  const Geometry& g = call.g;
-  const int64_t line = pixel / g.width, image = line / g.height, h = line % g.height, w = pixel % g.width;
-  for (int64_t r = 0; r < g.kernel_h; ++r) {
-    const int64_t y = reached(h, g.pad_h, r * g.step_h, g.stride_h, g.out_height);
-    if (y < 0) continue;
-    const float* values = call.source + (image * g.out_height + y) * g.out_width * g.channels + channel;
-    for (int64_t s = 0; s < g.kernel_w; ++s) {
-      const int64_t x = reached(w, g.pad_w, s * g.step_w, g.stride_w, g.out_width);
-      if (x >= 0) meeting.add(values + x * g.channels, weights + (r * g.kernel_w + s) * ALONE);
-    }
-  }
-}
-
-// Convolves channels by themselves, or takes that back, as `meet` says.
-template <class Meet>
-void convolve_alone(const Call& call, int64_t pixels, const Meet& meet) {
-  const Geometry& g = call.g;
-  const Parts blocks(pixels, PIXELS, 1), channels(g.channels, ALONE, 1);
-  const int64_t taps = g.taps(), row = padded(taps);
-  parallel_for(blocks.count * channels.count, call.threads, [&](int64_t begin, int64_t end) {
-    const Floats rows = allocate(ALONE * row), weights = allocate(taps * ALONE), sums = allocate(PIXELS * ALONE);
-    Meeting meeting(g);
-    int64_t pixel[PIXELS];
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t part = task / blocks.count, block = task % blocks.count;
-      const int64_t channel = channels.start(part), n = channels.length(part), m = blocks.length(block);
-      if (task == begin || block == 0) {
-        call.kernels->dequantise[call.bits](call.weights, channel, n, 0, taps, rows.get(), row);
-        for (int64_t tap = 0; tap < taps; ++tap)
-          for (int64_t i = 0; i < n; ++i) weights[size_t(tap * ALONE + i)] = rows[size_t(i * row + tap)];
-      }
-      for (int64_t i = 0; i < m; ++i) {
-        float* sum = sums.get() + i * ALONE;
-        for (int64_t j = 0; j < n; ++j) sum[j] = call.bias ? call.bias[channel + j] : 0.0f;
-        pixel[i] = blocks.start(block) + i;
-        meeting.clear();
-        meet(call, pixel[i], channel, weights.get(), meeting);
-        call.kernels->weigh(meeting.values.data(), meeting.weights.data(), int64_t(meeting.values.size()), n, sum);
-      }
-      call.target.write(sums.get(), ALONE, pixel, m, channel, n);
-    }
-  });
-}
-
 }  // namespace
 }  // namespace ttaq
 
 using namespace ttaq;
 
+namespace {
+
+int resolve(Convolution& call, const float* source, const uint8_t* words, const float* scale, const int32_t* zero,
+            const float* bias, int bits, const int64_t* geometry, int threads, int level) {
+  memcpy(&call.g, geometry, sizeof call.g);
+  call.weights = weights_of(words, scale, zero, bits, 0, call.g.outputs, call.g.taps() * call.g.inputs());
+  call.bits = bits, call.source = source, call.bias = bias, call.threads = threads;
+  return find(&call.kernels, level, bits);
+}
+
+}  // namespace
+
 int ttaq_cpu_packed_conv2d_floats(const float* x, const uint8_t* words, const float* scale, const int32_t* zero,
                                   const float* bias, float* y, int bits, int channels_last, const int64_t* geometry,
                                   int threads, int level) {
-  Call call;
-  memcpy(&call.g, geometry, sizeof call.g);
-  const Geometry& g = call.g;
-  if (const int error = find(&call.kernels, level, bits)) return error;
-  call.weights = weights_of(words, scale, zero, bits, 0, g.outputs, g.taps() * g.inputs());
-  call.bits = bits, call.source = x, call.bias = bias, call.threads = threads;
-  call.target = {y, g.outputs, g.out_height * g.out_width, channels_last != 0};
+  Convolution call;
+  if (const int error = resolve(call, x, words, scale, zero, bias, bits, geometry, threads, level)) return error;
+  call.target = {y, call.g.outputs, call.g.out_height * call.g.out_width, channels_last != 0};
   try {
-    if (g.alone())
-      convolve_alone(call, g.out_pixels(), meet_forward);
-    else
-      convolve(call);
+    call.g.alone() ? convolve_alone(call) : convolve(call);
   } catch (const std::bad_alloc&) {
     return TTAQ_NO_MEMORY;
   }
@@ -300,18 +253,11 @@ int ttaq_cpu_packed_conv2d_floats(const float* x, const uint8_t* words, const fl
 int ttaq_cpu_packed_conv2d_backward(const float* grad, const uint8_t* words, const float* scale, const int32_t* zero,
                                     float* dx, int bits, int channels_last, const int64_t* geometry, int threads,
                                     int level) {
-  Call call;
-  memcpy(&call.g, geometry, sizeof call.g);
-  const Geometry& g = call.g;
-  if (const int error = find(&call.kernels, level, bits)) return error;
-  call.weights = weights_of(words, scale, zero, bits, 0, g.outputs, g.taps() * g.inputs());
-  call.bits = bits, call.source = grad, call.bias = nullptr, call.threads = threads;
-  call.target = {dx, g.channels, g.height * g.width, channels_last != 0};
+  Convolution call;
+  if (const int error = resolve(call, grad, words, scale, zero, nullptr, bits, geometry, threads, level)) return error;
+  call.target = {dx, call.g.channels, call.g.height * call.g.width, channels_last != 0};
   try {
-    if (g.alone())
-      convolve_alone(call, g.pixels(), meet_back);
-    else
-      convolve_back(call);
+    call.g.alone() ? convolve_alone_back(call) : convolve_back(call);
   } catch (const std::bad_alloc&) {
     return TTAQ_NO_MEMORY;
   }

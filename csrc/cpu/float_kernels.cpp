@@ -60,20 +60,22 @@ void multiply(const float* const* x, int64_t m, int64_t start, int64_t depth, co
 }
 
 template <int ROWS>
-TTAQ_KEEP_IN_REGISTERS void dots_of_rows(const float* const* x, int64_t start, int64_t depth, const float* tile,
-                                         int64_t stride, float* sums, int64_t sums_stride) {
-  const float* row[ROWS];
-  for (int i = 0; i < ROWS; ++i) row[i] = x[i] + start;
+TTAQ_KEEP_IN_REGISTERS void dots_of_rows(const float* const* x, const Runs& runs, const float* tile, int64_t stride,
+                                         float* sums, int64_t sums_stride) {
   Vector sum[ROWS][TOGETHER] = {};
-  for (int64_t k = 0; k < depth; k += LANES) {
-    Vector w[TOGETHER];
+  for (int64_t run = 0; run < runs.count; ++run, tile += runs.depth) {
+    const float* row[ROWS];
+    for (int i = 0; i < ROWS; ++i) row[i] = x[i] + runs.offsets[run];
+    for (int64_t k = 0; k < runs.depth; k += LANES) {
+      Vector w[TOGETHER];
 #pragma GCC unroll 16
-    for (int j = 0; j < TOGETHER; ++j) w[j] = load(tile + j * stride + k);
+      for (int j = 0; j < TOGETHER; ++j) w[j] = load(tile + j * stride + k);
 #pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i) {
-      const Vector value = load(row[i] + k);
+      for (int i = 0; i < ROWS; ++i) {
+        const Vector value = load(row[i] + k);
 #pragma GCC unroll 16
-      for (int j = 0; j < TOGETHER; ++j) sum[i][j] = fused(value, w[j], sum[i][j]);
+        for (int j = 0; j < TOGETHER; ++j) sum[i][j] = fused(value, w[j], sum[i][j]);
+      }
     }
   }
 #pragma GCC unroll 16
@@ -85,9 +87,9 @@ TTAQ_KEEP_IN_REGISTERS void dots_of_rows(const float* const* x, int64_t start, i
   }
 }
 
-void dots(const float* const* x, int64_t m, int64_t start, int64_t depth, const float* tile, int64_t stride, int64_t n,
+void dots(const float* const* x, int64_t m, const Runs& runs, const float* tile, int64_t stride, int64_t n,
           float* sums, int64_t sums_stride) {
-  constexpr void (*OF_ROWS[])(const float* const*, int64_t, int64_t, const float*, int64_t, float*, int64_t) = {
+  constexpr void (*OF_ROWS[])(const float* const*, const Runs&, const float*, int64_t, float*, int64_t) = {
       nullptr,
       dots_of_rows<1>,
       dots_of_rows<2>,
@@ -102,7 +104,7 @@ void dots(const float* const* x, int64_t m, int64_t start, int64_t depth, const 
   for (int64_t i = 0; i < m; i += DOT_ROWS) {
     const auto of_rows = OF_ROWS[m - i < DOT_ROWS ? m - i : DOT_ROWS];
     for (int64_t j = 0; j < n; j += TOGETHER)
-      of_rows(x + i, start, depth, tile + j * stride, stride, sums + i * sums_stride + j, sums_stride);
+      of_rows(x + i, runs, tile + j * stride, stride, sums + i * sums_stride + j, sums_stride);
   }
 }
 

@@ -81,7 +81,8 @@ void multiply_block(const Call& call, const Rows& x, int64_t row, int64_t m, int
   const Parts depth(call.k, DEPTH, PADDING);
   for (int64_t part = 0; part < depth.count; ++part) {
     const int64_t start = depth.start(part), length = depth.length(part);
-    add_outputs(*call.kernels, call.weights, call.bits, rows, m, start, output, n, start, length, tile, sums);
+    const Runs runs{&start, 1, padded(length)};
+    add_outputs(*call.kernels, call.weights, call.bits, rows, m, runs, output, n, start, length, tile, sums);
   }
   for (int64_t i = 0; i < m; ++i) call.write(sums + i * OUTPUTS, n, row + i, output, call.n);
 }

@@ -59,19 +59,20 @@ inline int find(const FloatKernels** kernels, int level, int bits) {
 
 inline bool is_float(int dtype) { return dtype >= TTAQ_FLOAT32 && dtype <= TTAQ_FLOAT16; }
 
-// sums[i][0 .. n) += rows[i][0 .. depth) times columns [column, column + depth) of the weights of outputs [output,
-// output + n), n <= OUTPUTS, depth <= DEPTH. `tile`: OUTPUTS * LINE floats. Rows are read up to a multiple of PADDING.
+// sums[i][0 .. n) += what the runs of row i hold, times the columns [column, column + depth) of the weights of outputs
+// [output, output + n): n <= OUTPUTS, depth <= DEPTH, which the runs fill up to a multiple of PADDING. `tile`:
+// OUTPUTS * LINE floats.
 inline void add_outputs(const FloatKernels& kernels, const Weights& weights, int bits, const float* const* rows,
-                        int64_t m, int64_t start, int64_t output, int64_t n, int64_t column, int64_t depth, float* tile,
-                        float* sums) {
+                        int64_t m, const Runs& runs, int64_t output, int64_t n, int64_t column, int64_t depth,
+                        float* tile, float* sums) {
   const int64_t lines = ceil_div(n, TOGETHER) * TOGETHER;
   kernels.dequantise[bits](weights, output, n, column, depth, tile, LINE);
   for (int64_t line = n; line < lines; ++line) std::fill_n(tile + line * LINE, padded(depth), 0.0f);
-  kernels.dots(rows, m, start, padded(depth), tile, LINE, lines, sums, OUTPUTS);
+  kernels.dots(rows, m, runs, tile, LINE, lines, sums, OUTPUTS);
 }
 
-// sums[i][0 .. n) += rows[i][0 .. outputs) times columns [column, column + n) of the weights of outputs [output, output +
-// outputs), n <= PANEL. `tile`: LINES * PANEL floats.
+// sums[i][0 .. n) += rows[i][0 .. outputs) times the columns [column, column + n) of the weights of outputs [output,
+// output + outputs), n <= PANEL. `tile`: LINES * PANEL floats.
 inline void add_inputs(const FloatKernels& kernels, const Weights& weights, int bits, const float* const* rows,
                        int64_t m, int64_t output, int64_t outputs, int64_t column, int64_t n, float* tile,
                        float* sums) {
