@@ -1,4 +1,4 @@
-"""`python -m bench run|step|compare|report|accuracy|memory`."""
+"""`python -m bench run|step|models|compare|report|accuracy|memory`."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import accuracy, machine, memory, rows, step, tables
+from . import accuracy, machine, memory, models, rows, step, tables
 from .cases import CASES, cases
 from .measure import measure
 
@@ -140,6 +140,7 @@ def _parser():
         command.add_argument("--machine", help="the name of a CSV file, without .csv")
     accuracy.add_command(commands)
     memory.add_command(commands)
+    models.add_command(commands)
     return parser
 
 

@@ -1,9 +1,12 @@
-"""Resident memory of a fresh process that loads a packed W4A8 ViT-B and runs one image, against the float bytes.
+"""Resident memory of fresh processes that run a packed W4A8 ViT-B, or adapt it, against the float bytes or its twin.
 
 One process builds, quantises, packs and saves the model (random weights, rounding to nearest); a second one imports,
-takes its resident size as the zero, and then builds the architecture on `meta`, loads the file and runs.
+takes its resident size as the zero, and then builds the architecture on `meta`, loads the file and runs. With
+`--adapting`, two processes adapt by Tent: one the loaded file, one the fake-quantised twin.
 """
 
+import ctypes
+import gc
 import json
 import subprocess
 import sys
@@ -14,6 +17,7 @@ from pathlib import Path
 import torch
 
 MODEL = "vit_base_patch16_224"
+BATCH = 8  # images that an adapter sees at once
 _MIB = 2**20
 
 
@@ -21,6 +25,7 @@ def add_command(commands) -> None:
     """Add `memory` to the command line; its two steps are processes of their own."""
     parser = commands.add_parser("memory", help="the resident memory of a packed ViT-B in a fresh process")
     parser.add_argument("--step", choices=_STEPS, help="run one step and print JSON")
+    parser.add_argument("--adapting", action="store_true", help="by Tent, against the fake-quantised twin")
     parser.add_argument("--file", type=Path, help="the packed model that a step writes or reads")
     parser.set_defaults(command=run)
 
@@ -32,6 +37,9 @@ def run(options: Namespace) -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         path = options.file or Path(folder) / "packed.safetensors"
+        if options.adapting:
+            _fresh("build", path)
+            return _compare({name: _fresh(name, path) for name in ("adapt", "adapt-twin")})
         built, grown = _fresh("build", path), _fresh("load", path)
     print(f"{MODEL}, w4a8, batch 1; MiB")
     print(f"float model {built['float'] / _MIB:.1f}, file {built['file'] / _MIB:.1f}")
@@ -43,8 +51,27 @@ def run(options: Namespace) -> int:
     return 0 if fits else 1
 
 
+def _compare(grown):
+    """Print what both processes grew by; the status is 1 where the packed model does not take less."""
+    print(f"{MODEL}, w4a8, Tent, batch {BATCH}; MiB above import")
+    for name, (resident, peak) in grown.items():
+        print(f"{name:>10}: {resident / _MIB:.1f} before a step, at most {peak / _MIB:.1f} in it")
+    packed, twin = (grown[name][1] for name in ("adapt", "adapt-twin"))
+    print(f"the packed model takes {packed / twin:.0%} of its twin")
+    return 0 if packed < twin else 1
+
+
 def build(path: Path) -> dict[str, int]:
     """Quantise, pack and save the model; return the bytes of the float model and of the file."""
+    import ttaq
+
+    quantised = _quantised()
+    ttaq.save(ttaq.pack(quantised, inplace=True), path)
+    whole = sum(p.numel() * p.element_size() for p in _architecture().parameters())
+    return {"float": whole, "file": path.stat().st_size}
+
+
+def _quantised():
     import timm
 
     import ttaq
@@ -53,20 +80,50 @@ def build(path: Path) -> dict[str, int]:
     model = timm.create_model(MODEL, pretrained=False).eval()
     images = [torch.randn(1, 3, 224, 224) for _ in range(2)]
     widths = ttaq.QuantSpec(4, "channel", observer="minmax"), ttaq.QuantSpec(8, observer="minmax")
-    quantised = ttaq.quantize(model, images, ttaq.Recipe(*widths), method="rtn", progress=False)
-    ttaq.save(ttaq.pack(quantised, inplace=True), path)
-    return {"float": sum(p.numel() * p.element_size() for p in model.parameters()), "file": path.stat().st_size}
+    return ttaq.quantize(model, images, ttaq.Recipe(*widths), method="rtn", progress=False)
+
+
+def _architecture():
+    import timm
+
+    with torch.device("meta"):
+        return timm.create_model(MODEL, pretrained=False)
+
+
+def adapt(path: Path) -> tuple[int, int]:
+    """Load the file and adapt it; return (resident before a step, peak in it) in bytes above import."""
+    import ttaq
+
+    return _adapted(lambda: ttaq.load(path, _architecture()))
+
+
+def adapt_twin(path: Path) -> tuple[int, int]:
+    """Quantise anew and adapt without packing; return what `adapt` does."""
+    return _adapted(_quantised)
+
+
+def _adapted(make):
+    import ttaq
+
+    torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))
+    zero = _resident()["VmRSS"]
+    adapter = ttaq.adapt(make(), "tent", inplace=True)
+    images = torch.randn(BATCH, 3, 224, 224)
+    adapter(images)
+    gc.collect()
+    _trim()
+    _forget_peak()
+    resident = _resident()["VmRSS"] - zero
+    adapter(images)
+    return resident, _resident()["VmHWM"] - zero
 
 
 def load(path: Path) -> dict[str, tuple[int, int]]:
     """Load and run the model; return (peak, resident afterwards) in bytes above import for each phase."""
-    import timm
-
     import ttaq
 
     torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))  # wakes the thread pool and the BLAS library
-    with torch.device("meta"):
-        model = timm.create_model(MODEL, pretrained=False)
+    model = _architecture()
     zero, phases = _resident()["VmRSS"], {}
 
     def ended(phase):
@@ -87,7 +144,7 @@ def load(path: Path) -> dict[str, tuple[int, int]]:
     return phases
 
 
-_STEPS = {"build": build, "load": load}
+_STEPS = {"build": build, "load": load, "adapt": adapt, "adapt-twin": adapt_twin}
 
 
 def _fresh(step, path):
@@ -96,6 +153,11 @@ def _fresh(step, path):
     if done.returncode:
         raise ValueError(f"bench memory: the step {step} failed with status {done.returncode}; see its error above")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _trim():
+    """Give memory that nothing uses back to the system, so that both processes begin alike."""
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident():

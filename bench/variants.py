@@ -207,19 +207,24 @@ def _packed_conv2d_variants() -> Iterator[Variant]:
     strides = [f"stride_{of}" for of in ("xb", "xc", "xh", "xw", "yb", "yc", "yp", "gb", "gc", "gh", "gw")]
     pairs = [f"{of}_{side}" for of in ("step", "pad", "dilation") for side in "hw"]
     sizes = dict.fromkeys(("H", "W", "OH", "OW", *strides, *pairs), "i32")
-    taken = [("u8", bits, 3, 64) for bits in cd.PACKABLE]
-    taken += [("u8", 8, 7, 64), ("u8", 4, 3, 1), ("bf16", 3, 3, 64), ("bf16", 4, 1, 64)]
-    taken += [("fp32", 4, 3, 64), ("fp32", 3, 3, 1)]
-    for x, bits, taps, channels in taken:
-        rows, m, depth = pc._tiles(channels, _TORCH[x])
-        shape = {**sizes, "R": taps, "S": taps, "BLOCK_M": m}
-        name = f"{x}, {bits} bits, {taps}x{taps}" + ("" if channels > 1 else ", depthwise")
+    near = {name: 1 if name.endswith("c") else "i32:16" for name in strides}
+    taken = [("u8", bits, 3, 64, near) for bits in cd.PACKABLE] + [("u8", 4, 3, 64, {})]
+    taken += [("u8", 8, 7, 3, {}), ("u8", 4, 3, 1, near), ("bf16", 3, 3, 64, near), ("bf16", 4, 1, 64, near)]
+    taken += [("fp32", 4, 3, 64, near), ("fp32", 3, 3, 1, near)]
+    for x, bits, taps, channels, last in taken:
+        rows, m, depth = pc._tiles(64 if channels > 1 else 1, _TORCH[x])
+        shape = {**sizes, **last, "S": taps, "BLOCK_M": m, "C": "i32:16" if channels > 3 else channels}
+        name = f"{x}, {bits} bits, {taps}x{taps} of {channels}" + (", channels last" if last else "")
         mma = _MMA[x] if channels > 1 else dict.fromkeys(_MMA[x], ("IMMA",))
-        args = {**_packed_args(x, bits, taps == 1), **shape, "BLOCK_N": rows, "BLOCK_K": depth}
-        yield Variant("packed_conv2d", "_packed_conv2d_kernel", name, args, 4, 2, x == "u8", False, mma)
+        whole = channels % depth == 0
+        args = {**_packed_args(x, bits, whole), **shape, "BY_TAP": whole, "BLOCK_N": rows, "BLOCK_K": depth}
+        most = None if x == "u8" else pc.FLOAT_REGISTERS
+        wide = bool(last) and channels > 16
+        yield Variant("packed_conv2d", "_packed_conv2d_kernel", name, args, 4, 2, x == "u8", wide, mma, most)
         if x != "u8":
             args = {"grad_ptr": f"*{x}", "dx_ptr": f"*{x}", **_WEIGHT, **shape, "M": "i32", "N": "i32:16"}
-            args |= {"C": "i32:16", "row_bytes": "i32", "BITS": bits, "BLOCK_C": rows, "BLOCK_N": depth}
+            args |= {"row_bytes": "i32", "R": taps, "BITS": bits, "BLOCK_C": rows, "BLOCK_N": depth}
+            args |= {"WHOLE": channels > 1}
             kernel, warps = "_packed_conv2d_backward_kernel", pc._backward_warps(_TORCH[x])
             yield Variant("packed_conv2d", kernel, name, args, warps, 2, False, False, _MMA[x])
 

@@ -1,17 +1,20 @@
 """Two-dimensional convolution on packed low-bit weights; padding stands for the value 0.0.
 
-The integer law is that of `packed_linear`: exact integer sums, times ``scale_x * scale_w`` in float32, plus bias.
+A row of words holds the codes of one output with its channels last, as `_taps` lays them out. The integer law is that
+of `packed_linear`: exact integer sums, times ``scale_x * scale_w`` in float32, plus bias.
 """
 
 import torch
 from torch.nn import functional as F
 
 from . import _native
+from ._taps import from_rows
 from ._tiles import activation_operand, exact_sum, gather_codes, load_codes, weight_operand, without_autocast
 from ._triton import jit, tl, triton
-from .codes import exact_product, refuses_sum, refuses_words, stored_codes, unpacked
+from .codes import PACKABLE, exact_product, refuses_sum, refuses_words, stored_codes, unpacked
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+FLOAT_REGISTERS = 168  # a ceiling that is named keeps ptxas from spilling a few registers to fit more warps
 
 
 @without_autocast
@@ -28,7 +31,7 @@ def reference(
         bias = None if bias is None else bias.to(x.dtype)
         return layout.copy_(F.conv2d(x, weight, bias, *geometry[1:]))
     terms = shape[1] * shape[2] * shape[3]
-    weight = (stored_codes(words, bits, terms).float() - zero.unsqueeze(-1)).reshape(shape)
+    weight = from_rows(stored_codes(words, bits, terms).float() - zero.unsqueeze(-1), shape)
     with torch.backends.cudnn.flags(enabled=False):  # Winograd and TF32 sums of integers are not exact
         convolve = lambda x, weight: F.conv2d(x, weight, None, *geometry[1:])  # noqa: E731
         sums = exact_product(convolve, x.float() - x_zero, weight, terms, x_bits, bits)
@@ -47,7 +50,7 @@ def reference_backward(grad, words, scale, zero, bits, input_shape, kernel_size,
 def dequantise(words, scale, zero, bits, shape):
     """Return the float32 weight of `shape` behind `words`; it must not outlive the call."""
     codes = stored_codes(words, bits, shape[1] * shape[2] * shape[3])
-    return ((codes.float() - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).reshape(shape)
+    return from_rows((codes.float() - zero.unsqueeze(-1)) * scale.unsqueeze(-1), shape)
 
 
 def fake(
@@ -66,13 +69,13 @@ def fake(
 @jit
 def _packed_conv2d_kernel(
     x_ptr, word_ptr, scale_ptr, zero_ptr, bias_ptr, x_scale_ptr, x_zero_ptr, y_ptr,
-    M, N, K, H, W, OH, OW, row_bytes,
+    M, N, K, C, H, W, OH, OW, row_bytes,
     stride_xb, stride_xc, stride_xh, stride_xw, stride_yb, stride_yc, stride_yp,
-    step_h, step_w, pad_h, pad_w, dilation_h, dilation_w, R: tl.constexpr, S: tl.constexpr,
+    step_h, step_w, pad_h, pad_w, dilation_h, dilation_w, S: tl.constexpr, BY_TAP: tl.constexpr,
     INTEGER: tl.constexpr, BITS: tl.constexpr, WIDE_W: tl.constexpr, WIDE_X: tl.constexpr, BIAS: tl.constexpr,
     EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # An implicit GEMM for each group of channels: N of its outputs, M output pixels, K taps of its inputs.
+    # An implicit GEMM for each group of channels: N of its outputs, M output pixels, K = taps x C of its inputs.
     tiles_n = tl.cdiv(N, BLOCK_N)
     offs_n = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = (tl.program_id(0) // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -80,7 +83,7 @@ def _packed_conv2d_kernel(
     m = tl.minimum(offs_m, M - 1)
     image, pixel = (m // (OH * OW)).to(tl.int64), m % (OH * OW)
     top, left = pixel // OW * step_h - pad_h, pixel % OW * step_w - pad_w
-    images = x_ptr + image * stride_xb + (tl.program_id(1) * (K // (R * S))).to(tl.int64) * stride_xc
+    images = x_ptr + image * stride_xb + (tl.program_id(1) * C).to(tl.int64) * stride_xc
     rows = word_ptr + n.to(tl.int64) * row_bytes
     zero, scale = tl.load(zero_ptr + n), tl.load(scale_ptr + n)
     zero_x = tl.load(x_zero_ptr) if INTEGER else 0
@@ -90,11 +93,13 @@ def _packed_conv2d_kernel(
     for start in range(0, K, BLOCK_K):
         w = load_codes(rows, start, row_bytes, BITS, BLOCK_K, EVEN)
         k = (start + tl.arange(0, BLOCK_K))[:, None]
-        h = top[None, :] + k % (R * S) // S * dilation_h
-        v = left[None, :] + k % S * dilation_w
-        inside = (k < K) & (h >= 0) & (h < H) & (v >= 0) & (v < W)
-        offs = k // (R * S) * stride_xc + h * stride_xh + v * stride_xw
-        x = tl.load(images[None, :] + offs, mask=inside, other=0)
+        tap = start // C if BY_TAP else k // C  # a block that lies in one tap has one place in the image
+        c = k - tap * C
+        h = top[None, :] + tap // S * dilation_h
+        v = left[None, :] + tap % S * dilation_w
+        inside = (h >= 0) & (h < H) & (v >= 0) & (v < W)
+        inside = inside if EVEN else inside & (k < K)
+        x = tl.load(images[None, :] + (c * stride_xc + h * stride_xh + v * stride_xw), mask=inside, other=0)
         if INTEGER:  # padding, and what lies beyond K, gets the code of 0.0
             x = activation_operand(tl.where(inside, x, zero_x.to(tl.uint8)), WIDE_X)
             w = weight_operand(w, zero, WIDE_W)
@@ -111,7 +116,8 @@ def _packed_conv2d_kernel(
     y = total.to(tl.float32) * scale[:, None]
     if BIAS:
         y += tl.load(bias_ptr + n).to(tl.float32)[:, None]
-    out = y_ptr + (image * stride_yb)[None, :] + pixel[None, :] * stride_yp + n[:, None] * stride_yc
+    channel = tl.program_id(1) * N + offs_n
+    out = y_ptr + (image * stride_yb)[None, :] + pixel[None, :] * stride_yp + channel[:, None] * stride_yc
     tl.store(out, y.to(y_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])
 
 
@@ -120,11 +126,12 @@ def _packed_conv2d_backward_kernel(
     grad_ptr, word_ptr, scale_ptr, zero_ptr, dx_ptr,
     M, N, C, H, W, OH, OW, row_bytes, stride_gb, stride_gc, stride_gh, stride_gw,
     step_h, step_w, pad_h, pad_w, dilation_h, dilation_w, R: tl.constexpr, S: tl.constexpr,
-    BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    BITS: tl.constexpr, WHOLE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # Each of M input pixels gathers, for C inputs of a group, what its N outputs received through each tap.
     tiles_c = tl.cdiv(C, BLOCK_C)
-    offs_c = (tl.program_id(0) % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first = (tl.program_id(0) % tiles_c) * BLOCK_C
+    offs_c = first + tl.arange(0, BLOCK_C)
     offs_m = (tl.program_id(0) // tiles_c) * BLOCK_M + tl.arange(0, BLOCK_M)
     group = tl.program_id(1)
     image, pixel = (offs_m // (H * W)).to(tl.int64), offs_m % (H * W)
@@ -142,7 +149,10 @@ def _packed_conv2d_backward_kernel(
             pointers = images[None, :] + (n[:, None] * stride_gc + offs[None, :])
             grad = tl.load(pointers, mask=inside[None, :] & (offs_n < N)[:, None], other=0.0)
             rows = word_ptr + n.to(tl.int64) * row_bytes
-            code = gather_codes(rows[None, :], offs_c[:, None] * (R * S) + tap, (offs_c < C)[:, None], BITS)
+            if WHOLE:  # a tap starts with a whole byte
+                code = tl.trans(load_codes(rows, tap * C + first, row_bytes, BITS, BLOCK_C, False))
+            else:
+                code = gather_codes(rows[None, :], (tap * C + offs_c)[:, None], (offs_c < C)[:, None], BITS)
             w = (code.to(tl.float32) - tl.load(zero_ptr + n).to(tl.float32)[None, :]) * tl.load(scale_ptr + n)[None, :]
             dx = tl.dot(w.to(grad.dtype), grad, dx, input_precision="ieee")
     channel = image[None, :] * tl.num_programs(1) * C + (group * C + offs_c)[:, None]
@@ -158,8 +168,8 @@ def launch(
     y = fake(x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, *geometry, dtype)
     if y.numel() == 0:
         return y
-    pixels, outputs = y.numel() // y.shape[1], y.shape[1] // groups
-    k = x.shape[1] // groups * kernel_size[0] * kernel_size[1]
+    pixels, inputs, outputs = y.numel() // y.shape[1], x.shape[1] // groups, y.shape[1] // groups
+    k = inputs * kernel_size[0] * kernel_size[1]
     block_n, block_m, block_k = _tiles(outputs, x.dtype)
     with torch.cuda.device_of(x):
         _packed_conv2d_kernel[(triton.cdiv(outputs, block_n) * triton.cdiv(pixels, block_m), groups)](
@@ -174,6 +184,7 @@ def launch(
             pixels,
             outputs,
             k,
+            inputs,
             *x.shape[2:],
             *y.shape[2:],
             words.shape[-1],
@@ -182,7 +193,8 @@ def launch(
             *stride,
             *padding,
             *dilation,
-            *kernel_size,
+            kernel_size[1],
+            BY_TAP=k == inputs or inputs % block_k == 0,
             INTEGER=x_scale is not None,
             BITS=8 if words.shape[-1] == k else bits,
             WIDE_W=bits == 8,
@@ -194,6 +206,7 @@ def launch(
             BLOCK_K=block_k,
             num_warps=4,
             num_stages=2,
+            maxnreg=FLOAT_REGISTERS if x_scale is None else None,
             enable_fp_fusion=x_scale is None,
         )
     return y
@@ -238,6 +251,7 @@ def launch_backward(grad, words, scale, zero, bits, input_shape, kernel_size, st
             *dilation,
             *kernel_size,
             BITS=8 if words.shape[-1] == k else bits,
+            WHOLE=refuses_words(words, bits, inputs, k) is None,
             BLOCK_N=block_n,
             BLOCK_M=block_m,
             BLOCK_C=block_c,
@@ -255,7 +269,47 @@ def refuses_backward(grad, words, scale, zero, bits, input_shape, kernel_size, s
     return _refuses_size(grad, groups) or refuses_words(words, bits, 0, k)
 
 
-def launch_cpu(x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, *args):
+def launch_cpu(
+    x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, stride, padding, dilation, groups, dtype
+):
+    """Run the native kernel on activation codes."""
+    geometry = kernel_size, stride, padding, dilation, groups
+    y = fake(x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, *geometry, dtype)
+    if y.numel() == 0:
+        return y
+    channels_last = not y.is_contiguous()
+    k = x.shape[1] // groups * kernel_size[0] * kernel_size[1]
+    _native.packed_conv2d(
+        x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format),
+        words.contiguous(),
+        scale.contiguous(),
+        zero.contiguous(),
+        None if bias is None else bias.float().contiguous(),
+        x_scale,
+        x_zero,
+        y,
+        8 if words.shape[-1] == k else bits,
+        (*kernel_size, *stride, *padding, *dilation, groups),
+        channels_last,
+    )
+    return y
+
+
+def refuses_cpu(
+    x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, stride, padding, dilation, groups, dtype
+):
+    """Say why the native kernel cannot run, or None."""
+    if reason := _native.reason("cpu"):
+        return reason
+    if x_scale is None:
+        return "x holds floats; the kernel multiplies codes"
+    k = x.shape[1] // groups * kernel_size[0] * kernel_size[1]
+    if words.shape[-1] != k and bits not in PACKABLE:
+        return f"the words hold {bits} bits a code; the kernel reads 2, 3, 4 and 8"
+    return refuses_sum(k, bits, x_bits)
+
+
+def launch_unpacked(x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, *args):
     """Compute the reference on codes that the native kernel has unpacked."""
     k = x.shape[1] // args[-2] * kernel_size[0] * kernel_size[1]
     words = unpacked(words, bits, k)
@@ -268,7 +322,7 @@ def launch_cpu_backward(grad, words, scale, zero, bits, input_shape, kernel_size
     return reference_backward(grad, unpacked(words, bits, k), scale, zero, bits, input_shape, kernel_size, *args)
 
 
-def refuses_cpu(*args):
+def refuses_unpacked(*args):
     """Say why the native kernel cannot unpack, or None."""
     return _native.reason("cpu")
 

@@ -105,7 +105,7 @@ def test_the_file_holds_packed_codes_and_a_header(saved, packed):
     assert not [n for n, t in tensors.items() if t.is_floating_point() and t.ndim > 1]
     assert not [n for n in tensors if n.endswith("nonfinite")]
     header = checkpoint.read_header(saved)
-    assert header["format"] == 1
+    assert header["format"] == 2
     assert header["reference"] == "here:resnet"
     assert header["classes"] == list("abcdef")
     assert Recipe.from_json(header["report"]["recipe"]) == Recipe.parse("w4a4")

@@ -99,9 +99,10 @@ def test_an_edited_header(saved, change):
 
 
 def test_another_format(saved):
-    rewrite(saved, change_header=lambda h: h.update(format=2), digest=True)
-    with pytest.raises(ValueError, match=r"has format 2, this version reads 1; upgrade ttaq$"):
-        ttaq.load(saved, resnet())
+    for found, remedy in ((3, "upgrade ttaq"), (1, "pack the model again")):
+        rewrite(saved, change_header=lambda h, found=found: h.update(format=found), digest=True)
+        with pytest.raises(ValueError, match=rf"has format {found}, this version reads 2; {remedy}$"):
+            ttaq.load(saved, resnet())
     rewrite(saved, change_header=lambda h: [1, 2], digest=True)
     with pytest.raises(ValueError, match="has format None"):
         ttaq.load(saved, resnet())

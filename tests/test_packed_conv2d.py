@@ -20,14 +20,15 @@ def on_codes(case):
 def weight64(words, scale, zero, bits, channels, kernel_size):
     """Dequantise in float64: (O, channels, R, S)."""
     codes = cd.stored_codes(words, bits, channels * kernel_size[0] * kernel_size[1]).double()
-    return ((codes - zero.unsqueeze(-1)) * scale.double().unsqueeze(-1)).unflatten(-1, (channels, *kernel_size))
+    weight = (codes - zero.unsqueeze(-1)) * scale.double().unsqueeze(-1)
+    return weight.unflatten(-1, (*kernel_size, channels)).movedim(-1, 1)
 
 
 def integer_law(x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, *geometry, dtype):
     """Compute the convolution on codes with int64 sums over unfolded patches."""
     kernel_size, stride, padding, dilation, groups = geometry
     patches = F.unfold((x.long() - x_zero).double(), kernel_size, dilation, padding, stride).long()
-    patches = patches.unflatten(1, (groups, -1))
+    patches = patches.unflatten(1, (groups, x.shape[1] // groups, -1)).transpose(2, 3).flatten(2, 3)  # channels last
     weight = cd.stored_codes(words, bits, patches.shape[2]).long() - zero.unsqueeze(-1)
     sums = torch.einsum("bgkp,gok->bgop", patches, weight.unflatten(0, (groups, -1))).flatten(1, 2)
     y = sums.float() * (x_scale * scale).unsqueeze(-1)
@@ -95,6 +96,14 @@ def test_the_gradient_is_that_of_autograd_through_the_dequantised_weight():
         wanted.backward(grad)
         torch.testing.assert_close(y, wanted)
         torch.testing.assert_close(mine.grad, plain.grad)
+
+
+def test_words_keep_their_channels_last():
+    weight = torch.arange(2 * 3 * 2 * 4, dtype=torch.uint8).reshape(2, 3, 2, 4)
+    rows = ops.to_rows(weight)
+    assert rows[1].tolist() == [int(weight[1, c, r, s]) for r in range(2) for s in range(4) for c in range(3)]
+    assert_same(ops.from_rows(rows, weight.shape), weight)
+    assert_same(ops.from_rows(ops.to_rows(weight[:, :1]), (2, 1, 2, 4)), weight[:, :1].contiguous())
 
 
 _pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))

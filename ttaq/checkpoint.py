@@ -20,7 +20,7 @@ from .quantizers import Quantizer
 from .spec import QuantSpec
 from .surgery import copy_model, replace
 
-FORMAT = 1
+FORMAT = 2  # 1 kept the codes of a convolution in the order of its weight, 2 keeps their channels last
 _FLOAT_WEIGHT = (QuantLinear, QuantConv2d)
 
 
@@ -120,7 +120,8 @@ def read_header(path: str | os.PathLike) -> dict:
         raise ValueError(f"load: the header of {path} was changed ({error}); fetch it again") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         found = header.get("format") if isinstance(header, dict) else None
-        raise ValueError(f"load: {path} has format {found}, this version reads {FORMAT}; upgrade ttaq")
+        remedy = "pack the model again" if found in range(FORMAT) else "upgrade ttaq"
+        raise ValueError(f"load: {path} has format {found}, this version reads {FORMAT}; {remedy}")
     return header
 
 

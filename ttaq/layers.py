@@ -105,7 +105,7 @@ class QuantConv2d(_QuantLayer, nn.Conv2d):
         codes, scale, zero = self.weight_quantizer.integer(self.weight)
         grid = activation_grid(self.input_quantizer, x)
         y, count = ops.packed_conv2d(
-            x, codes.flatten(1), scale, zero, self.bias, bits=self.weight_quantizer.spec.bits,
+            x, ops.to_rows(codes), scale, zero, self.bias, bits=self.weight_quantizer.spec.bits,
             kernel_size=self.kernel_size, stride=self.stride, padding=padding, dilation=self.dilation,
             groups=self.groups, **grid,
         )  # fmt: skip

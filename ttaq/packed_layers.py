@@ -36,7 +36,7 @@ class _PackedLayer(Gridded):
         """
         new = cls.like(layer, _ready_specs(layer), device="meta")
         codes, scale, zero = layer.weight_quantizer.integer(layer.weight)
-        new.words = ops.pack_codes(codes.flatten(1), new.spec.bits)
+        new.words = ops.pack_codes(ops.to_rows(codes) if codes.ndim == 4 else codes, new.spec.bits)
         new.scale, new.zero = scale.detach().clone(), zero
         if layer.bias is not None:
             new.bias = nn.Parameter(layer.bias.detach().clone())
@@ -49,7 +49,8 @@ class _PackedLayer(Gridded):
         """The dequantised weight, made anew at each look, for models that ask a layer for its weight's dtype."""
         shape = self.weight_shape()
         codes = ops.unpack_codes(self.words, self.spec.bits, math.prod(shape[1:]))
-        weight = dequantise(codes, self.scale, self.zero, self.spec.group).reshape(shape)
+        weight = dequantise(codes, self.scale, self.zero, self.spec.group)
+        weight = ops.from_rows(weight, shape) if len(shape) == 4 else weight
         return weight if self.bias is None else weight.to(self.bias.dtype)
 
 

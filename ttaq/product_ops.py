@@ -71,7 +71,7 @@ def packed_conv2d(
 
     Args:
         x: (B, C, H, W), float16, bfloat16 or float32; contiguous or channels-last.
-        words: (O, bytes of C / groups * R * S codes in OIHW order), uint8; or one code a byte.
+        words: (O, bytes of R * S * C / groups codes, channels last as `to_rows` gives them), uint8; or one code a byte.
         scale: (O,), float32.
         zero: (O,), int32.
         bias: (O,) or None.
