@@ -1,6 +1,8 @@
 """The native convolutions of floats with packed weights, on every instruction set, against float64."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from test_native_products import BITS, LEVELS, drawn_weight
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 from ttaq.kernels import _native
+from ttaq.kernels import packed_conv2d as pc
 
 # Input shape, outputs, kernel, stride, padding, dilation, groups.
 GEOMETRIES = {
@@ -134,3 +137,76 @@ def test_threads_and_one_code_a_byte_give_the_same_bits(name):
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+MEMORY = """
+import resource, torch
+from ttaq import ops
+words = torch.zeros(2048, 3 * 3 * 2048 // 4, dtype=torch.uint8)
+scale, zero = torch.ones(2048), torch.ones(2048, dtype=torch.int32)
+def run(x, words, scale, zero):
+    x.requires_grad_()
+    y, _ = ops.packed_conv2d(x, words, scale, zero, bits=2, kernel_size=(3, 3), padding=(1, 1))
+    y.sum().backward()
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(torch.ones(1, 16, 5, 5), words[:16, :36], scale[:16], zero[:16])
+before = peak()
+run(torch.ones(1, 2048, 5, 5), words, scale, zero)
+print(peak() - before)
+"""
+
+
+def test_no_more_of_the_weight_than_tiles_is_ever_float():
+    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 24 << 10, "KiB; the weight as float32 would be 144 MiB, its codes a byte each 36"
+
+
+def test_layouts_dtypes_and_empty_batches_of_the_op():
+    random = torch.Generator().manual_seed(2)
+    x, grad, _, words, scale, zero, bias, _ = drawn(random, *GEOMETRIES["many-inputs"], 4)
+    geometry = ([3, 3], [1, 1], [1, 1], [1, 1], 1)
+
+    def op(x, dtype=torch.float32):
+        return pc.launch_cpu(x, words, scale, zero, bias, 4, None, None, 8, *geometry, dtype)
+
+    def back(grad):
+        shape = [grad.shape[0], *x.shape[1:]]
+        return pc.launch_cpu_backward(grad, words, scale, zero, 4, shape, *geometry)
+
+    wanted, wanted_dx = op(x), back(grad)
+    wide, wide_grad = torch.randn(1, 90, 5, 8, generator=random), torch.randn(1, 6, 5, 4, generator=random)
+    wide[..., 2:6], wide_grad[:, ::2] = x, grad
+    for view in (innermost(x), wide[..., 2:6], x.transpose(2, 3).contiguous().transpose(2, 3)):
+        assert torch.equal(op(view), wanted)
+    for view in (innermost(grad), wide_grad[:, ::2], grad.transpose(2, 3).contiguous().transpose(2, 3)):
+        assert torch.equal(back(view), wanted_dx)
+        assert back(view).is_contiguous()
+    assert op(innermost(x)).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(op(x.half().float(), torch.float16), op(x.half(), torch.float16))
+    assert torch.equal(back(grad.bfloat16()), back(grad.bfloat16().float()).bfloat16())
+    assert op(x[:0]).shape == (0, *wanted.shape[1:])
+    assert back(grad[:0]).shape == (0, *x.shape[1:])
+
+
+def test_what_the_kernels_cannot_take_is_refused_by_name():
+    geometry = ([3, 3], [1, 1], [1, 1], [1, 1])
+    x, grad = torch.zeros(1, 32, 4, 4), torch.zeros(1, 6, 4, 4)
+    words, scale, zero = torch.zeros(6, 144, dtype=torch.uint8), torch.ones(6), torch.zeros(6, dtype=torch.int32)
+
+    def why(x, grad, words, bits, groups):
+        rest = (None, None, 8, *geometry, groups, torch.float32)
+        back = (bits, list(x.shape), *geometry, groups)
+        return pc.refuses_cpu(x, words, scale, zero, None, bits, *rest), pc.refuses_cpu_backward(
+            grad, words, scale, zero, *back
+        )
+
+    assert why(x, grad, words, 4, 1) == (None, None)
+    for sentences, wanted in (
+        (why(x.double(), grad.double(), words, 4, 1), "torch.float64"),
+        (why(x, grad, words[:, :36], 2, 2), None),
+        (why(x[:, :24], grad, words, 4, 2), "12 inputs a group"),
+        (why(x[:, :6], grad, words[:, :5], 4, 6), None),
+        (why(x, grad, torch.zeros(6, 180, dtype=torch.uint8), 5, 1), "5 bits"),
+    ):
+        for sentence in sentences:
+            assert sentence is None if wanted is None else wanted in sentence
