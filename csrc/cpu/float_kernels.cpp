@@ -62,6 +62,7 @@ void multiply(const float* const* x, int64_t m, int64_t start, int64_t depth, co
 template <int ROWS>
 TTAQ_KEEP_IN_REGISTERS void dots_of_rows(const float* const* x, const Runs& runs, const float* tile, int64_t stride,
                                          float* sums, int64_t sums_stride) {
+  static_assert(TOGETHER == 4, "as many sums as are made together");
   Vector sum[ROWS][TOGETHER] = {};
   for (int64_t run = 0; run < runs.count; ++run, tile += runs.depth) {
     const float* row[ROWS];
@@ -80,10 +81,10 @@ TTAQ_KEEP_IN_REGISTERS void dots_of_rows(const float* const* x, const Runs& runs
   }
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i) {
-    float part[TOGETHER];
-    sums_of_four(sum[i], part);
-#pragma GCC unroll 16
-    for (int j = 0; j < TOGETHER; ++j) sums[i * sums_stride + j] += part[j];
+    Four all;
+    memcpy(&all, sums + i * sums_stride, sizeof all);
+    all += sums_of_four(sum[i]);
+    memcpy(sums + i * sums_stride, &all, sizeof all);
   }
 }
 
