@@ -21,8 +21,7 @@ constexpr int CHAINS = 4;        // sums that `row_sums` keeps, since one would 
 constexpr int64_t AHEAD = 4096;  // bytes of words that it asks for early: hardware looks ahead within a page alone
 
 template <int ROWS>
-TTAQ_KEEP_IN_REGISTERS void multiply_rows(const float* const* x, int64_t start, int64_t depth, const float* tile,
-                                          float* sums) {
+void multiply_rows(const float* const* x, int64_t start, int64_t depth, const float* tile, float* sums) {
   const float* row[ROWS];
   for (int i = 0; i < ROWS; ++i) row[i] = x[i] + start;
   for (int64_t column = 0; column < PANEL; column += WIDE * LANES) {
@@ -60,8 +59,8 @@ void multiply(const float* const* x, int64_t m, int64_t start, int64_t depth, co
 }
 
 template <int ROWS>
-TTAQ_KEEP_IN_REGISTERS void dots_of_rows(const float* const* x, const Runs& runs, const float* tile, int64_t stride,
-                                         float* sums, int64_t sums_stride) {
+void dots_of_rows(const float* const* x, const Runs& runs, const float* tile, int64_t stride, float* sums,
+                  int64_t sums_stride) {
   static_assert(TOGETHER == 4, "as many sums as are made together");
   Vector sum[ROWS][TOGETHER] = {};
   for (int64_t run = 0; run < runs.count; ++run, tile += runs.depth) {
@@ -197,8 +196,7 @@ inline void add_block(const uint8_t* words, const Values<BITS>& values, const fl
 }
 
 template <int BITS>
-TTAQ_KEEP_IN_REGISTERS void row_sums(const Weights& weights, int64_t row, int64_t rows, const float* x, int64_t k,
-                                     float* sums) {
+void row_sums(const Weights& weights, int64_t row, int64_t rows, const float* x, int64_t k, float* sums) {
   constexpr int64_t BYTES = BLOCK * BITS / 8;
   const int64_t whole = k / BLOCK;
   for (int64_t r = 0; r < rows; ++r) {

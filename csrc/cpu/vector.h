@@ -10,13 +10,6 @@
 
 #include "arithmetic.h"
 
-// Partial redundancy elimination makes g++ 12 store every accumulator of a product in each iteration.
-#if defined(__clang__)
-#define TTAQ_KEEP_IN_REGISTERS __attribute__((noinline))
-#else
-#define TTAQ_KEEP_IN_REGISTERS __attribute__((optimize("no-tree-pre"), noinline))
-#endif
-
 namespace ttaq {
 namespace {
 
