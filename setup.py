@@ -42,8 +42,8 @@ if platform.machine() == "x86_64":
     LEVELS |= {"v3": "-march=x86-64-v3", "v4": "-march=x86-64-v4"}
 # Partial redundancy elimination would store every sum of a tile in each turn of its loop; the headers of AVX-512 make
 # g++ 12 warn of what they leave unset on purpose.
-TILED = {"": "-fno-tree-pre", "v4": "-fno-tree-pre -mavx512vnni -Wno-uninitialized -Wno-maybe-uninitialized"}
-EXTRA = {"product_kernels": TILED}
+TILED = {"": "-fno-tree-pre", "v4": "-fno-tree-pre -Wno-uninitialized -Wno-maybe-uninitialized"}
+EXTRA = {"product_kernels": TILED | {"v4": TILED["v4"] + " -mavx512vnni"}, "float_kernels": TILED}
 
 
 class Unavailable(Exception):

@@ -173,6 +173,16 @@ TTAQ_EXPORT int ttaq_cpu_packed_linear_backward(const void* grad, int64_t stride
                                                 int64_t group, int64_t m, int64_t n, int64_t k, int dtype, int threads,
                                                 int level);
 
+// Convolutions on floats, and the gradients of their input, in float32. x: (B, C, H, W), and grad: (B, O, OH, OW), with
+// channels innermost in memory. y: (B, O, OH, OW), and dx: (B, C, H, W), in that order or with channels innermost;
+// overwritten. words, bias, geometry: as for ttaq_cpu_packed_conv2d.
+TTAQ_EXPORT int ttaq_cpu_packed_conv2d_floats(const float* x, const uint8_t* words, const float* scale,
+                                              const int32_t* zero, const float* bias, float* y, int bits,
+                                              int channels_last, const int64_t* geometry, int threads, int level);
+TTAQ_EXPORT int ttaq_cpu_packed_conv2d_backward(const float* grad, const uint8_t* words, const float* scale,
+                                                const int32_t* zero, float* dx, int bits, int channels_last,
+                                                const int64_t* geometry, int threads, int level);
+
 // ---- CUDA ---------------------------------------------------------------------------------------------------------
 
 // 0 when a device can be used, else the cudaError_t of asking for one (35 without a driver).

@@ -51,6 +51,8 @@ _SIGNATURES = {
         "ttaq_cpu_packed_conv2d": (*(_P,) * 8, _I, _I, _I, _P, _I, _I),
         "ttaq_cpu_packed_linear_floats": (_P, _L, *(_P,) * 5, _I, *(_L,) * 4, _I, _I, _I, _I),
         "ttaq_cpu_packed_linear_backward": (_P, _L, *(_P,) * 4, _I, *(_L,) * 4, _I, _I, _I),
+        "ttaq_cpu_packed_conv2d_floats": (*(_P,) * 6, _I, _I, _P, _I, _I),
+        "ttaq_cpu_packed_conv2d_backward": (*(_P,) * 5, _I, _I, _P, _I, _I),
     },
     "cuda": {
         "ttaq_cuda_status": (),

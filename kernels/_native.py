@@ -15,9 +15,9 @@ from ._library import BITS, DTYPES, KINDS, LEVELS, check, cpu_level, level_numbe
 __all__ = (
     "BITS", "DTYPES", "KINDS", "LEVELS", "activation_codes", "aligned_fake_quant", "aligned_fake_quant_backward",
     "cpu_level", "fake_quant", "fake_quant_backward", "library", "log2_codes", "log2_fake_quant",
-    "log2_fake_quant_backward", "pack_codes", "packed_conv2d", "packed_linear", "packed_linear_backward",
-    "packed_linear_floats", "perturbed_fake_quant", "perturbed_fake_quant_backward", "quantize_codes", "reason",
-    "soft_round", "soft_round_backward", "unpack_codes",
+    "log2_fake_quant_backward", "pack_codes", "packed_conv2d", "packed_conv2d_backward", "packed_conv2d_floats",
+    "packed_linear", "packed_linear_backward", "packed_linear_floats", "perturbed_fake_quant",
+    "perturbed_fake_quant_backward", "quantize_codes", "reason", "soft_round", "soft_round_backward", "unpack_codes",
 )  # fmt: skip
 
 
@@ -353,6 +353,47 @@ def packed_conv2d(
             x.data_ptr(), words.data_ptr(), scale.data_ptr(), zero.data_ptr(),
             None if bias is None else bias.data_ptr(), x_scale.data_ptr(), x_zero.data_ptr(), y.data_ptr(),
             DTYPES[y.dtype], bits, channels_last, (ctypes.c_int64 * len(shape))(*shape), threads(), level_number(level),
+        )
+    )  # fmt: skip
+
+
+def packed_conv2d_floats(
+    x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, y: Tensor, bits: int,
+    geometry: tuple[int, ...], channels_last: bool, level: str | None = None,
+) -> None:  # fmt: skip
+    """Write the convolution of kernels/packed_conv2d.py on floats to `y`.
+
+    Args:
+        x: (B, C, H, W), float32, channels innermost.
+        words: As for `packed_conv2d`, and so scale, zero, bias, bits and geometry.
+        y: (B, O, OH, OW), float32; contiguous, or channels innermost with `channels_last`; overwritten.
+    """
+    shape = (*x.shape, *y.shape[1:], *geometry)
+    check(
+        library("cpu").ttaq_cpu_packed_conv2d_floats(
+            x.data_ptr(), words.data_ptr(), scale.data_ptr(), zero.data_ptr(),
+            None if bias is None else bias.data_ptr(), y.data_ptr(), bits, channels_last,
+            (ctypes.c_int64 * len(shape))(*shape), threads(), level_number(level),
+        )
+    )  # fmt: skip
+
+
+def packed_conv2d_backward(
+    grad: Tensor, words: Tensor, scale: Tensor, zero: Tensor, dx: Tensor, bits: int, geometry: tuple[int, ...],
+    channels_last: bool, level: str | None = None,
+) -> None:  # fmt: skip
+    """Write the gradient of the input of the convolution to `dx`; the same bits for any number of threads.
+
+    Args:
+        grad: (B, O, OH, OW), float32, channels innermost.
+        words: As for `packed_conv2d`, and so scale, zero, bits and geometry.
+        dx: (B, C, H, W), float32; contiguous, or channels innermost with `channels_last`; overwritten.
+    """
+    shape = (*dx.shape, *grad.shape[1:], *geometry)
+    check(
+        library("cpu").ttaq_cpu_packed_conv2d_backward(
+            grad.data_ptr(), words.data_ptr(), scale.data_ptr(), zero.data_ptr(), dx.data_ptr(), bits, channels_last,
+            (ctypes.c_int64 * len(shape))(*shape), threads(), level_number(level),
         )
     )  # fmt: skip
 

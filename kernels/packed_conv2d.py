@@ -13,6 +13,7 @@ from ._tiles import activation_operand, exact_sum, gather_codes, load_codes, wei
 from ._triton import jit, tl, triton
 from .codes import PACKABLE, exact_product, refuses_sum, refuses_words, stored_codes, unpacked
 
+NARROWEST = 16  # inputs of a group that the native kernel for floats takes
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 FLOAT_REGISTERS = 168  # a ceiling that is named keeps ptxas from spilling a few registers to fit more warps
 
@@ -272,26 +273,21 @@ def refuses_backward(grad, words, scale, zero, bits, input_shape, kernel_size, s
 def launch_cpu(
     x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, stride, padding, dilation, groups, dtype
 ):
-    """Run the native kernel on activation codes."""
+    """Run the native kernel on activation codes, or on floats."""
     geometry = kernel_size, stride, padding, dilation, groups
-    y = fake(x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, *geometry, dtype)
+    made = torch.float32 if x_scale is None else dtype
+    y = fake(x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, *geometry, made)
     if y.numel() == 0:
-        return y
+        return y.to(dtype)
     channels_last = not y.is_contiguous()
-    k = x.shape[1] // groups * kernel_size[0] * kernel_size[1]
-    _native.packed_conv2d(
-        x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format),
-        words.contiguous(),
-        scale.contiguous(),
-        zero.contiguous(),
-        None if bias is None else bias.float().contiguous(),
-        x_scale,
-        x_zero,
-        y,
-        8 if words.shape[-1] == k else bits,
-        (*kernel_size, *stride, *padding, *dilation, groups),
-        channels_last,
-    )
+    weight = (words.contiguous(), scale.contiguous(), zero.contiguous())
+    bias = None if bias is None else bias.float().contiguous()
+    last = (y, _stored(words, bits, x.shape[1], *geometry), _flat(*geometry), channels_last)
+    if x_scale is None:
+        _native.packed_conv2d_floats(_innermost(x), *weight, bias, *last)
+        return y.to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    _native.packed_conv2d(x, *weight, bias, x_scale, x_zero, *last)
     return y
 
 
@@ -299,14 +295,27 @@ def refuses_cpu(
     x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, stride, padding, dilation, groups, dtype
 ):
     """Say why the native kernel cannot run, or None."""
-    if reason := _native.reason("cpu"):
-        return reason
+    geometry = kernel_size, stride, padding, dilation, groups
     if x_scale is None:
-        return "x holds floats; the kernel multiplies codes"
-    k = x.shape[1] // groups * kernel_size[0] * kernel_size[1]
-    if words.shape[-1] != k and bits not in PACKABLE:
-        return f"the words hold {bits} bits a code; the kernel reads 2, 3, 4 and 8"
-    return refuses_sum(k, bits, x_bits)
+        return _refuses_floats("x", x, words, bits, x.shape[1], *geometry)
+    if reason := _native.reason("cpu") or _refuses_stored(words, bits, x.shape[1], *geometry):
+        return reason
+    return refuses_sum(x.shape[1] // groups * kernel_size[0] * kernel_size[1], bits, x_bits)
+
+
+def launch_cpu_backward(grad, words, scale, zero, bits, input_shape, *geometry):
+    """Run the native kernel: no more of the weight than a tile a thread is float at any time."""
+    dx = grad.new_empty(input_shape, dtype=torch.float32)
+    if dx.numel():
+        weight = (words.contiguous(), scale.contiguous(), zero.contiguous())
+        stored = _stored(words, bits, input_shape[1], *geometry)
+        _native.packed_conv2d_backward(_innermost(grad), *weight, dx, stored, _flat(*geometry), False)
+    return dx.to(grad.dtype)
+
+
+def refuses_cpu_backward(grad, words, scale, zero, bits, input_shape, *geometry):
+    """Say why the native kernel cannot run, or None."""
+    return _refuses_floats("grad", grad, words, bits, input_shape[1], *geometry)
 
 
 def launch_unpacked(x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, *args):
@@ -316,7 +325,7 @@ def launch_unpacked(x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, 
     return reference(x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, *args)
 
 
-def launch_cpu_backward(grad, words, scale, zero, bits, input_shape, kernel_size, *args):
+def launch_unpacked_backward(grad, words, scale, zero, bits, input_shape, kernel_size, *args):
     """Compute the reference on codes that the native kernel has unpacked."""
     k = input_shape[1] // args[-1] * kernel_size[0] * kernel_size[1]
     return reference_backward(grad, unpacked(words, bits, k), scale, zero, bits, input_shape, kernel_size, *args)
@@ -325,6 +334,34 @@ def launch_cpu_backward(grad, words, scale, zero, bits, input_shape, kernel_size
 def refuses_unpacked(*args):
     """Say why the native kernel cannot unpack, or None."""
     return _native.reason("cpu")
+
+
+def _innermost(x):
+    """Give float32 with the channels innermost in memory."""
+    return x.float().contiguous(memory_format=torch.channels_last)
+
+
+def _flat(kernel_size, stride, padding, dilation, groups):
+    return *kernel_size, *stride, *padding, *dilation, groups
+
+
+def _stored(words, bits, channels, kernel_size, stride, padding, dilation, groups):
+    """Give the bits that a code takes in the words."""
+    return 8 if words.shape[-1] == channels // groups * kernel_size[0] * kernel_size[1] else bits
+
+
+def _refuses_stored(words, bits, channels, *geometry):
+    if _stored(words, bits, channels, *geometry) not in PACKABLE:
+        return f"the words hold {bits} bits a code; the kernel reads 2, 3, 4 and 8"
+
+
+def _refuses_floats(name, x, words, bits, channels, *geometry):
+    if x.dtype not in FLOATS:
+        return f"{name} is {x.dtype}; the kernel takes float16, bfloat16 and float32"
+    inputs, outputs = channels // geometry[-1], words.shape[0] // geometry[-1]
+    if inputs < NARROWEST and (inputs, outputs) != (1, 1):
+        return f"{inputs} inputs a group leave vectors empty; below {NARROWEST} torch is faster on unpacked codes"
+    return _native.reason("cpu") or _refuses_stored(words, bits, channels, *geometry)
 
 
 def _refuses_size(x, groups):

@@ -88,14 +88,19 @@ def test_the_gradient_is_that_of_autograd_through_the_dequantised_weight():
             continue
         names = dict(zip(("stride", "padding", "dilation"), map(tuple, geometry), strict=False), groups=geometry[-1])
         weight = pc.dequantise(words, scale, zero, bits, (words.shape[0], x.shape[1] // geometry[-1], *kernel_size))
-        mine, plain = (x.clone().requires_grad_() for _ in range(2))
+        mine, plain, exact, terms = (t.clone().requires_grad_() for t in (x, x, x.double(), x.double().abs()))
         y, _ = ops.packed_conv2d(mine, words, scale, zero, bias, bits=bits, kernel_size=tuple(kernel_size), **names)
-        wanted = F.conv2d(plain, weight, bias, **names)
-        grad = torch.randn_like(wanted)
-        y.backward(grad)
-        wanted.backward(grad)
-        torch.testing.assert_close(y, wanted)
-        torch.testing.assert_close(mine.grad, plain.grad)
+        wide = None if bias is None else bias.double()
+        ys = [
+            F.conv2d(plain, weight, bias, **names),
+            F.conv2d(exact, weight.double(), wide, **names),
+            F.conv2d(terms, weight.double().abs(), None if bias is None else wide.abs(), **names),
+        ]
+        grad = torch.randn_like(y)
+        for made, by in zip((y, *ys), (grad, grad, grad.double(), grad.double().abs()), strict=True):
+            made.backward(by)
+        assert_as_good(y, *ys)
+        assert_as_good(mine.grad, plain.grad, exact.grad, terms.grad)
 
 
 def test_words_keep_their_channels_last():

@@ -167,8 +167,8 @@ PACKED_CONV2D_BACKWARD = declare(
     "packed_conv2d_backward(Tensor grad, Tensor words, Tensor scale, Tensor zero, int bits, int[] input_shape,"
     f" {_CONV}) -> Tensor",
     Implementation("triton", pc.launch_backward, gpu(pc.refuses_backward)),
-    Implementation("cpu", pc.launch_cpu_backward, cpu(pc.refuses_unpacked)),
-    Implementation("unpacked", pc.launch_cpu_backward, cpu(pc.refuses_unpacked)),
+    Implementation("cpu", pc.launch_cpu_backward, cpu(pc.refuses_cpu_backward)),
+    Implementation("unpacked", pc.launch_unpacked_backward, cpu(pc.refuses_unpacked)),
     Implementation("reference", pc.reference_backward, never),
     fake=lambda grad, words, scale, zero, bits, input_shape, *_: grad.new_empty(input_shape),
 )

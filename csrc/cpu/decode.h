@@ -91,8 +91,8 @@ struct Spreader<8> {
   }
 };
 
-// Writes the values of `count` codes, of which the first begins `bit` bits after `row` and is brought down by `first`, and
-// of what follows them up to a whole vector, to `out`.
+// Writes the values of `count` codes, of which the first begins `bit` bits after `row` and is brought down by `first`,
+// and of what follows them up to a whole vector, to `out`.
 template <int BITS>
 inline void dequantise_run(const uint8_t* row, const uint8_t* end, int64_t bit, const Spreader<BITS>& first,
                            const Values<BITS>& values, int64_t count, float* out) {

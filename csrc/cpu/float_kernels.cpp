@@ -21,8 +21,7 @@ constexpr int CHAINS = 4;        // sums that `row_sums` keeps, since one would 
 constexpr int64_t AHEAD = 4096;  // bytes of words that it asks for early: hardware looks ahead within a page alone
 
 template <int ROWS>
-TTAQ_KEEP_IN_REGISTERS void multiply_rows(const float* const* x, int64_t start, int64_t depth, const float* tile,
-                                          float* sums) {
+void multiply_rows(const float* const* x, int64_t start, int64_t depth, const float* tile, float* sums) {
   const float* row[ROWS];
   for (int i = 0; i < ROWS; ++i) row[i] = x[i] + start;
   for (int64_t column = 0; column < PANEL; column += WIDE * LANES) {
@@ -60,34 +59,37 @@ void multiply(const float* const* x, int64_t m, int64_t start, int64_t depth, co
 }
 
 template <int ROWS>
-TTAQ_KEEP_IN_REGISTERS void dots_of_rows(const float* const* x, int64_t start, int64_t depth, const float* tile,
-                                         int64_t stride, float* sums, int64_t sums_stride) {
-  const float* row[ROWS];
-  for (int i = 0; i < ROWS; ++i) row[i] = x[i] + start;
+void dots_of_rows(const float* const* x, const Runs& runs, const float* tile, int64_t stride, float* sums,
+                  int64_t sums_stride) {
+  static_assert(TOGETHER == 4, "as many sums as are made together");
   Vector sum[ROWS][TOGETHER] = {};
-  for (int64_t k = 0; k < depth; k += LANES) {
-    Vector w[TOGETHER];
+  for (int64_t run = 0; run < runs.count; ++run, tile += runs.depth) {
+    const float* row[ROWS];
+    for (int i = 0; i < ROWS; ++i) row[i] = x[i] + runs.offsets[run];
+    for (int64_t k = 0; k < runs.depth; k += LANES) {
+      Vector w[TOGETHER];
 #pragma GCC unroll 16
-    for (int j = 0; j < TOGETHER; ++j) w[j] = load(tile + j * stride + k);
+      for (int j = 0; j < TOGETHER; ++j) w[j] = load(tile + j * stride + k);
 #pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i) {
-      const Vector value = load(row[i] + k);
+      for (int i = 0; i < ROWS; ++i) {
+        const Vector value = load(row[i] + k);
 #pragma GCC unroll 16
-      for (int j = 0; j < TOGETHER; ++j) sum[i][j] = fused(value, w[j], sum[i][j]);
+        for (int j = 0; j < TOGETHER; ++j) sum[i][j] = fused(value, w[j], sum[i][j]);
+      }
     }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i) {
-    float part[TOGETHER];
-    sums_of_four(sum[i], part);
-#pragma GCC unroll 16
-    for (int j = 0; j < TOGETHER; ++j) sums[i * sums_stride + j] += part[j];
+    Four all;
+    memcpy(&all, sums + i * sums_stride, sizeof all);
+    all += sums_of_four(sum[i]);
+    memcpy(sums + i * sums_stride, &all, sizeof all);
   }
 }
 
-void dots(const float* const* x, int64_t m, int64_t start, int64_t depth, const float* tile, int64_t stride, int64_t n,
+void dots(const float* const* x, int64_t m, const Runs& runs, const float* tile, int64_t stride, int64_t n,
           float* sums, int64_t sums_stride) {
-  constexpr void (*OF_ROWS[])(const float* const*, int64_t, int64_t, const float*, int64_t, float*, int64_t) = {
+  constexpr void (*OF_ROWS[])(const float* const*, const Runs&, const float*, int64_t, float*, int64_t) = {
       nullptr,
       dots_of_rows<1>,
       dots_of_rows<2>,
@@ -102,8 +104,19 @@ void dots(const float* const* x, int64_t m, int64_t start, int64_t depth, const 
   for (int64_t i = 0; i < m; i += DOT_ROWS) {
     const auto of_rows = OF_ROWS[m - i < DOT_ROWS ? m - i : DOT_ROWS];
     for (int64_t j = 0; j < n; j += TOGETHER)
-      of_rows(x + i, start, depth, tile + j * stride, stride, sums + i * sums_stride + j, sums_stride);
+      of_rows(x + i, runs, tile + j * stride, stride, sums + i * sums_stride + j, sums_stride);
   }
+}
+
+void weigh(const float* const* values, const float* const* weights, int64_t taps, int64_t n, float* sums) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    Vector sum = load(sums + i);
+    for (int64_t tap = 0; tap < taps; ++tap) sum = fused(load(values[tap] + i), load(weights[tap] + i), sum);
+    store(sums + i, sum);
+  }
+  for (; i < n; ++i)
+    for (int64_t tap = 0; tap < taps; ++tap) sums[i] += values[tap][i] * weights[tap][i];
 }
 
 // A lane holds HELD codes that follow one another, and a block fills the lanes. All widths share this order, and so the
@@ -183,8 +196,7 @@ inline void add_block(const uint8_t* words, const Values<BITS>& values, const fl
 }
 
 template <int BITS>
-TTAQ_KEEP_IN_REGISTERS void row_sums(const Weights& weights, int64_t row, int64_t rows, const float* x, int64_t k,
-                                     float* sums) {
+void row_sums(const Weights& weights, int64_t row, int64_t rows, const float* x, int64_t k, float* sums) {
   constexpr int64_t BYTES = BLOCK * BITS / 8;
   const int64_t whole = k / BLOCK;
   for (int64_t r = 0; r < rows; ++r) {
@@ -222,7 +234,7 @@ void narrow_all(const float* from, int64_t n, void* to) {
 #define FOR_EACH_DTYPE(loop) {loop<float>, loop<bfloat16>, loop<float16>}
 
 const FloatKernels TTAQ_LEVEL::float_kernels = {
-    FOR_EACH_WIDTH(dequantise), multiply, dots, spread, FOR_EACH_WIDTH(row_sums), FOR_EACH_DTYPE(widen_all),
+    FOR_EACH_WIDTH(dequantise), multiply, dots, weigh, spread, FOR_EACH_WIDTH(row_sums), FOR_EACH_DTYPE(widen_all),
     FOR_EACH_DTYPE(narrow_all),
 };
 

@@ -1,46 +1,11 @@
 // Linear layers on floats and packed weights: blocks and threads around the loops of float_kernels.cpp. Weights become
 // float a tile at a time, in memory of the thread that multiplies with it.
-#include <algorithm>
-#include <memory>
-#include <new>
-
-#include "../ttaq_native.h"
-#include "float_kernels.h"
-#include "kernels.h"
-#include "layout.h"
-#include "parallel.h"
+#include "float_product.h"
 
 namespace ttaq {
 namespace {
 
-constexpr int64_t MOST_ROWS = 192;  // rows of activations or gradients of a task
-constexpr int64_t OUTPUTS = 48;     // lines of a tile of the forward,
-constexpr int64_t DEPTH = 768;      // and its columns at most
-constexpr int64_t LINES = 128;      // lines of a tile of the backward at most
-constexpr int64_t LINE = DEPTH + PADDING;  // lines a page apart would push one another out of the cache
-constexpr int64_t CODE_TASK = 32;   // rows of codes of a task
-
-struct Bytes {
-  void operator()(float* memory) const { ::operator delete[](memory, std::align_val_t(64)); }
-};
-using Floats = std::unique_ptr<float[], Bytes>;
-
-Floats allocate(int64_t n) {
-  return Floats(static_cast<float*>(::operator new[](size_t(n) * sizeof(float), std::align_val_t(64))));
-}
-
-// Equal parts, each a multiple of `unit`, as few as none larger than `most` allows.
-struct Parts {
-  int64_t total, size, count;
-
-  Parts(int64_t total_, int64_t most, int64_t unit) : total(total_) {
-    count = std::max<int64_t>(1, ceil_div(total, most));
-    size = std::max(unit, ceil_div(ceil_div(total, count), unit) * unit);
-    count = ceil_div(total, size);
-  }
-  int64_t start(int64_t part) const { return part * size; }
-  int64_t length(int64_t part) const { return std::min(size, total - part * size); }
-};
+constexpr int64_t CODE_TASK = 32;  // rows of codes of a task
 
 int width(int dtype) { return dtype == TTAQ_FLOAT32 ? 4 : 2; }
 
@@ -83,23 +48,12 @@ struct Call {
   int bits, y_dtype;
   int64_t m, n, k;
   int threads;
+
+  // Writes n values to row `row` of y, `width_of_row` long, from `column` on.
+  void write(const float* values, int64_t n, int64_t row, int64_t column, int64_t width_of_row) const {
+    kernels->narrow[y_dtype](values, n, static_cast<char*>(y) + (row * width_of_row + column) * width(y_dtype));
+  }
 };
-
-int resolve(Call& call, int level, int x_dtype) {
-  const Kernels* kernels = kernels_of(level);
-  if (!kernels) return TTAQ_BAD_LEVEL;
-  call.kernels = kernels->floats;
-  if (x_dtype < TTAQ_FLOAT32 || x_dtype > TTAQ_FLOAT16) return TTAQ_BAD_DTYPE;
-  if (call.y_dtype < TTAQ_FLOAT32 || call.y_dtype > TTAQ_FLOAT16) return TTAQ_BAD_DTYPE;
-  if (call.bits < 2 || call.bits > 8 || !call.kernels->dequantise[call.bits]) return TTAQ_BAD_BITS;
-  return TTAQ_OK;
-}
-
-Weights weights_of(const uint8_t* words, const float* scale, const int32_t* zero, int bits, int64_t group, int64_t n,
-                   int64_t k) {
-  const int64_t row_bytes = ceil_div(k * bits, 8), whole = std::max<int64_t>(1, k);
-  return {words, words + n * row_bytes, row_bytes, scale, zero, group ? group : whole, group ? k / group : 1};
-}
 
 // One row of activations against weights without groups: sums of codes, which are scaled once.
 void multiply_row(const Call& call, const float* x) {
@@ -112,7 +66,7 @@ void multiply_row(const Call& call, const float* x) {
       call.kernels->row_sums[call.bits](call.weights, row, rows, spread.get(), call.k, sums);
       for (int64_t i = 0; i < rows; ++i)
         sums[i] = sums[i] * call.weights.scale[row + i] + (call.bias ? call.bias[row + i] : 0.0f);
-      call.kernels->narrow[call.y_dtype](sums, rows, static_cast<char*>(call.y) + row * width(call.y_dtype));
+      call.write(sums, rows, 0, row, call.n);
     }
   });
 }
@@ -123,20 +77,14 @@ void multiply_block(const Call& call, const Rows& x, int64_t row, int64_t m, int
   const float* rows[MOST_ROWS];
   x.point(row, m, rows);
   for (int64_t i = 0; i < m; ++i)
-    for (int64_t j = 0; j < n; ++j) sums[i * OUTPUTS + j] = call.bias ? call.bias[output + j] : 0.0f;
-  const int64_t lines = ceil_div(n, TOGETHER) * TOGETHER;
+    for (int64_t j = 0; j < OUTPUTS; ++j) sums[i * OUTPUTS + j] = call.bias && j < n ? call.bias[output + j] : 0.0f;
   const Parts depth(call.k, DEPTH, PADDING);
   for (int64_t part = 0; part < depth.count; ++part) {
     const int64_t start = depth.start(part), length = depth.length(part);
-    const int64_t padded = ceil_div(length, PADDING) * PADDING;
-    call.kernels->dequantise[call.bits](call.weights, output, n, start, length, tile, LINE);
-    for (int64_t line = n; line < lines; ++line) std::fill_n(tile + line * LINE, padded, 0.0f);
-    call.kernels->dots(rows, m, start, padded, tile, LINE, lines, sums, OUTPUTS);
+    const Runs runs{&start, 1, padded(length)};
+    add_outputs(*call.kernels, call.weights, call.bits, rows, m, runs, output, n, start, length, tile, sums);
   }
-  for (int64_t i = 0; i < m; ++i) {
-    char* to = static_cast<char*>(call.y) + ((row + i) * call.n + output) * width(call.y_dtype);
-    call.kernels->narrow[call.y_dtype](sums + i * OUTPUTS, n, to);
-  }
+  for (int64_t i = 0; i < m; ++i) call.write(sums + i * OUTPUTS, n, row + i, output, call.n);
 }
 
 // A block of rows of gradients against a panel of inputs.
@@ -146,19 +94,8 @@ void multiply_panel(const Call& call, const Rows& grad, int64_t row, int64_t m, 
   grad.point(row, m, rows);
   std::fill_n(sums, m * PANEL, 0.0f);
   const int64_t columns = std::min(PANEL, call.k - input);
-  const int64_t padded = ceil_div(columns, PADDING) * PADDING;
-  const Parts depth(call.n, LINES, 1);
-  for (int64_t part = 0; part < depth.count; ++part) {
-    const int64_t start = depth.start(part), length = depth.length(part);
-    call.kernels->dequantise[call.bits](call.weights, start, length, input, columns, tile, PANEL);
-    for (int64_t line = 0; padded < PANEL && line < length; ++line)
-      std::fill(tile + line * PANEL + padded, tile + (line + 1) * PANEL, 0.0f);
-    call.kernels->multiply(rows, m, start, length, tile, sums);
-  }
-  for (int64_t i = 0; i < m; ++i) {
-    char* to = static_cast<char*>(call.y) + ((row + i) * call.k + input) * width(call.y_dtype);
-    call.kernels->narrow[call.y_dtype](sums + i * PANEL, columns, to);
-  }
+  add_inputs(*call.kernels, call.weights, call.bits, rows, m, 0, call.n, input, columns, tile, sums);
+  for (int64_t i = 0; i < m; ++i) call.write(sums + i * PANEL, columns, row + i, input, call.k);
 }
 
 }  // namespace
@@ -170,7 +107,8 @@ int ttaq_cpu_packed_linear_floats(const void* x, int64_t stride, const uint8_t* 
                                   const int32_t* zero, const float* bias, void* y, int bits, int64_t group, int64_t m,
                                   int64_t n, int64_t k, int x_dtype, int y_dtype, int threads, int level) {
   Call call{nullptr, weights_of(words, scale, zero, bits, group, n, k), bias, y, bits, y_dtype, m, n, k, threads};
-  if (const int error = resolve(call, level, x_dtype)) return error;
+  if (const int error = find(&call.kernels, level, bits)) return error;
+  if (!is_float(x_dtype) || !is_float(y_dtype)) return TTAQ_BAD_DTYPE;
   try {
     const Rows rows(*call.kernels, x, stride, m, k, PADDING, x_dtype, threads);
     if (m == 1 && !group) {
@@ -195,7 +133,8 @@ int ttaq_cpu_packed_linear_backward(const void* grad, int64_t stride, const uint
                                     const int32_t* zero, void* dx, int bits, int64_t group, int64_t m, int64_t n,
                                     int64_t k, int dtype, int threads, int level) {
   Call call{nullptr, weights_of(words, scale, zero, bits, group, n, k), nullptr, dx, bits, dtype, m, n, k, threads};
-  if (const int error = resolve(call, level, dtype)) return error;
+  if (const int error = find(&call.kernels, level, bits)) return error;
+  if (!is_float(dtype)) return TTAQ_BAD_DTYPE;
   try {
     const Rows rows(*call.kernels, grad, stride, m, n, 1, dtype, threads);
     const Parts across(m, MOST_ROWS, 1);

@@ -10,13 +10,6 @@
 
 #include "arithmetic.h"
 
-// Partial redundancy elimination makes g++ 12 store every accumulator of a product in each iteration.
-#if defined(__clang__)
-#define TTAQ_KEEP_IN_REGISTERS __attribute__((noinline))
-#else
-#define TTAQ_KEEP_IN_REGISTERS __attribute__((optimize("no-tree-pre"), noinline))
-#endif
-
 namespace ttaq {
 namespace {
 
@@ -71,17 +64,24 @@ inline float sum(Vector value) {
   return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
 
+typedef float Four __attribute__((vector_size(16)));
+
 // The sums of four vectors.
-inline void sums_of_four(const Vector* values, float* sums) {
+inline Four sums_of_four(const Vector* values) {
 #if defined(__AVX512F__)
   const __m512 a = (__m512)values[0], b = (__m512)values[1], c = (__m512)values[2], d = (__m512)values[3];
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
   const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+  return (Four)_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#elif defined(__AVX2__)
+  const __m256 ab = _mm256_hadd_ps((__m256)values[0], (__m256)values[1]);
+  const __m256 cd = _mm256_hadd_ps((__m256)values[2], (__m256)values[3]);
+  const __m256 all = _mm256_hadd_ps(ab, cd);
+  return (Four)_mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
 #else
-  for (int i = 0; i < 4; ++i) sums[i] = sum(values[i]);
+  return Four{sum(values[0]), sum(values[1]), sum(values[2]), sum(values[3])};
 #endif
 }
 
