@@ -16,23 +16,35 @@ def load_codes(row_ptr, start, row_bytes, BITS: tl.constexpr, COUNT: tl.constexp
         EVEN: Every byte asked for lies in its row.
 
     Returns:
-        (R, COUNT), uint8, or int32 for 3 bits.
+        (R, COUNT), uint8.
     """
     RUN: tl.constexpr = 8 if BITS == 3 else 8 // BITS
     BYTES: tl.constexpr = RUN * BITS // 8
     byte = (start * BITS // 8 + tl.arange(0, COUNT // RUN) * BYTES)[None, :]
     word = tl.load(row_ptr[:, None] + byte) if EVEN else tl.load(row_ptr[:, None] + byte, byte < row_bytes, 0)
-    if BITS == 8:
-        return word
     if BITS == 3:
         word = word.to(tl.int32)
         for i in tl.static_range(1, BYTES):
             pointers = row_ptr[:, None] + byte + i
             more = tl.load(pointers) if EVEN else tl.load(pointers, byte + i < row_bytes, 0)
             word |= more.to(tl.int32) << (8 * i)
-    shifts = (tl.arange(0, RUN) * BITS)[None, None, :].to(word.dtype)
-    codes = (word[:, :, None] >> shifts) & ((1 << BITS) - 1)
+    if BITS == 8:
+        codes = word
+    elif BITS == 4:  # codes that are joined stay with the thread that has their word; broadcast shifts would not
+        codes = _pair(word, 0, 1, BITS)
+    elif BITS == 2:
+        codes = tl.join(_pair(word, 0, 2, BITS), _pair(word, 1, 2, BITS))
+    else:
+        even = tl.join(_pair(word, 0, 4, BITS), _pair(word, 2, 4, BITS))
+        codes = tl.join(even, tl.join(_pair(word, 1, 4, BITS), _pair(word, 3, 4, BITS)))
     return tl.reshape(codes, (word.shape[0], COUNT))
+
+
+@jit
+def _pair(word, at: tl.constexpr, step: tl.constexpr, BITS: tl.constexpr):
+    """Take the codes `at` and ``at + step`` out of each word, along a new last axis."""
+    first, second = word >> (at * BITS), word >> ((at + step) * BITS)
+    return tl.join((first & ((1 << BITS) - 1)).to(tl.uint8), (second & ((1 << BITS) - 1)).to(tl.uint8))
 
 
 @jit

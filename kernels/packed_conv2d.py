@@ -195,7 +195,7 @@ def launch(
         return y, *(t.zero_() for t in _epilogue.allocate(y, y.shape[1], end))
     pixels, inputs, outputs = y.numel() // y.shape[1], x.shape[1] // groups, y.shape[1] // groups
     k = inputs * kernel_size[0] * kernel_size[1]
-    block_n, block_m, block_k = _tiles(outputs, x.dtype)
+    block_n, block_m, block_k, warps, stages = _tiles(outputs, inputs, pixels, x, end.transforms)
     programs, tiles_m = triton.cdiv(outputs, block_n) * triton.cdiv(pixels, block_m), triton.cdiv(pixels, block_m)
     finishing = _epilogue.arguments(end, y, y.shape[1], tiles_m, programs * groups)
     weight = (t.contiguous() for t in (words, scale, zero))
@@ -207,7 +207,7 @@ def launch(
             x, *weight, bias, x_scale, x_zero, y, *finishing.values(), *sizes, *steps, *geometry, kernel_size[1],
             BY_TAP=k == inputs or inputs % block_k == 0, INTEGER=integer, BITS=8 if words.shape[-1] == k else bits,
             WIDE_W=bits == 8, WIDE_X=x_bits == 8, BIAS=bias is not None, EVEN=k % block_k == 0, BLOCK_N=block_n,
-            BLOCK_M=block_m, BLOCK_K=block_k, num_warps=4, num_stages=2,
+            BLOCK_M=block_m, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
             maxnreg=None if integer else FLOAT_REGISTERS, enable_fp_fusion=not integer and not end.transforms,
         )  # fmt: skip
     return y, *_epilogue.gather(finishing, y)
@@ -233,7 +233,7 @@ def launch_backward(grad, words, scale, zero, bits, input_shape, kernel_size, st
         return dx
     pixels, inputs, outputs = dx.numel() // dx.shape[1], dx.shape[1] // groups, words.shape[0] // groups
     k = inputs * kernel_size[0] * kernel_size[1]
-    block_c, block_m, block_n = _tiles(inputs, grad.dtype)
+    block_c, block_m, block_n = _small_tile(inputs, grad.dtype)
     with torch.cuda.device_of(grad):
         _packed_conv2d_backward_kernel[(triton.cdiv(inputs, block_c) * triton.cdiv(pixels, block_m), groups)](
             grad, *(t.contiguous() for t in (words, scale, zero)), dx, pixels, outputs, inputs, *dx.shape[2:],
@@ -278,7 +278,19 @@ def _refuses_size(x, groups):
     return None
 
 
-def _tiles(channels, dtype):
+def _tiles(outputs, inputs, pixels, x, follows):
+    """Choose (BLOCK_N, BLOCK_M, BLOCK_K, warps, stages): large tiles once they fill a GPU with channels-last images.
+
+    Where something `follows` floats, what it holds beside 128 x 128 sums would spill registers, and so would the
+    addresses of channels that lie apart.
+    """
+    fills = (outputs // 128) * (pixels // 128) >= 128 and inputs % 64 == 0 and x.stride(1) == 1
+    if fills and (x.dtype == torch.uint8 or (x.dtype != torch.float32 and not follows)):
+        return 128, 128, 64, 8, 3
+    return *_small_tile(outputs, x.dtype), 4, 2
+
+
+def _small_tile(channels, dtype):
     """Choose the tile: (channels of a group, pixels, contraction)."""
     if dtype == torch.float32:
         return (64, 32, 32) if channels > 32 else (32, 32, 16)

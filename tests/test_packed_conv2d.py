@@ -153,6 +153,25 @@ def test_autocast_does_not_touch_the_sums():
             assert_same(y, wanted)
 
 
+def test_large_tiles_agree(monkeypatch):
+    monkeypatch.setattr(pc, "_tiles", lambda *_: (128, 128, 64, 8, 3))
+    for case in cases("packed_conv2d"):
+        if case.name in ("3x3-deep-codes-channels_last", "5x5-stem-codes", "3x3-dilated-groups-f16"):
+            args = case.on(device("triton"))
+            y, *_ = run("packed_conv2d", "triton", args)
+            torch.testing.assert_close(y, pc.reference(*args)[0], atol=0 if on_codes(case) else 0.02, rtol=0)
+
+
+def test_large_tiles_are_chosen_where_they_fill_a_gpu_and_hold():
+    images = torch.empty((64, 256, 14, 14), dtype=torch.uint8, device="meta")
+    near, large = images.to(memory_format=torch.channels_last), (128, 128, 64, 8, 3)
+    assert pc._tiles(256, 256, 12_544, near, True) == large
+    assert pc._tiles(256, 256, 12_544, near.bfloat16(), False) == large
+    for wrong in ((images, False), (near.bfloat16(), True), (near.float(), False)):
+        assert pc._tiles(256, 256, 12_544, *wrong) != large
+    assert pc._tiles(256, 256, 196, near, False) == pc._tiles(256, 48, 12_544, near, False) == (64, 64, 32, 4, 2)
+
+
 def test_what_the_kernel_cannot_do_is_refused_by_name():
     x, *rest = next(c.args for c in cases("packed_conv2d") if c.name == "3x3-f32")
     assert pc.refuses(x, *rest) is None
