@@ -32,6 +32,7 @@ class Row:
 
     kernel: str
     variant: str
+    tile: str
     arch: int
     registers: int
     stack: int
@@ -69,6 +70,7 @@ def _row(variant, arch):
     return Row(
         kernel=variant.kernel,
         variant=variant.name,
+        tile=variant.tile,
         arch=arch,
         registers=usage["REG"],
         stack=usage["STACK"],
@@ -157,13 +159,15 @@ def _disassemble(cubin):
 def table(rows: list[Row]) -> str:
     """Lay the rows out as a Markdown table."""
     lines = [
-        "| kernel | variant | arch | registers | spills | shared | wide loads | stores | SASS | each | tensor core |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| kernel | variant | tile/warps | arch | registers | spills | shared | wide loads | stores | SASS | each"
+        " | tensor core |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
+        each = f"{r.per_element:.1f}" if r.per_element else "-"
         lines.append(
-            f"| {r.kernel} | {r.variant} | sm_{r.arch} | {r.registers} | {r.spills} | {r.shared} | {r.wide_loads} |"
-            f" {r.wide_stores} | {r.instructions} | {f'{r.per_element:.1f}' if r.per_element else '-'} |"
+            f"| {r.kernel} | {r.variant} | {r.tile or '-'} | sm_{r.arch} | {r.registers} | {r.spills} | {r.shared} |"
+            f" {r.wide_loads} | {r.wide_stores} | {r.instructions} | {each} |"
             f" {', '.join(r.tensor_core) or '-'} |"
         )
     return "\n".join(lines)

@@ -100,7 +100,7 @@ def _exact_linear(i, bits, raw, gradient):
     """Return what the integer law gives, or a product in float64."""
     x, bias = i.args[0], i.args[4]
     if len(i.args) > 5:
-        return (pl.reference(*raw(i)),)
+        return pl.reference(*raw(i))[:1]
     weight = pl.dequantise(*i.args[1:4], bits, 0, x.shape[-1]).double()
     return (i.grads[0].double() @ weight if gradient else F.linear(x.double(), weight, bias.double()),)
 
@@ -124,7 +124,7 @@ def _conv_case(name, batch, n, c, size, image, stride, bits, x_bits, device):
 
     def exact(i):
         if x_bits:
-            return (pc.reference(*raw(i)),)
+            return pc.reference(*raw(i))[:1]
         return (_conv(i, bits, geometry, torch.float64)(),)
 
     moved = n * c * size * size * bits // 8 + batch * (c * image**2 + n * out**2) * DTYPES[dtype].itemsize

@@ -1,5 +1,6 @@
 """Every way in which a Triton kernel is launched, for bench/aot.py; a kernel joins with one `Variant` for each."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -45,6 +46,18 @@ class Variant:
         if "CALLS" in self.args:
             tile = self.args["CALLS"] * (4 if self.args["KIND"] == pt.KINDS.index("gauss") else 8)
         return tile // (32 * self.warps)
+
+    @property
+    def tile(self) -> str:
+        """The tile of a product and its warps, as 128x128x64/8: outputs, rows or pixels, contraction."""
+        sizes = [self.args.get(f"BLOCK_{axis}") for axis in "NMK"]
+        return "x".join(map(str, sizes)) + f"/{self.warps}" if all(sizes) else ""
+
+    @property
+    def products(self) -> int:
+        """How many fused multiply-adds a thread has in a float32 `tl.dot`, which fuses whatever the launch says."""
+        sizes = [self.args.get(f"BLOCK_{axis}", 0) for axis in "NMK"] if self.args.get("x_ptr") == "*fp32" else [0]
+        return math.prod(sizes) // (32 * self.warps)
 
 
 def _tiled(module: str, kernel: str, name: str, pointers: dict, *, moves: int = 0, **constants) -> Variant:
@@ -170,29 +183,42 @@ _TORCH = {"u8": torch.uint8, "bf16": torch.bfloat16, "fp32": torch.float32}
 _WEIGHT = {"word_ptr": "*u8", "scale_ptr": "*fp32", "zero_ptr": "*i32"}
 
 
-def _packed_args(x, bits, even):
+_FOLLOWS = ("gain_ptr", "shift_ptr", "residual_ptr", "y_scale_ptr", "y_zero_ptr", "moments_ptr", "nonfinite_ptr")
+_EPILOGUES = {  # what follows a product: nothing, or all there is
+    "": {**dict.fromkeys(_FOLLOWS), "qmax": "fp32", "AFTER": 0},
+    ", epilogue": {
+        **dict.fromkeys(_FOLLOWS, "*fp32"), "residual_ptr": "*bf16", "y_ptr": "*u8", "y_zero_ptr": "*i32",
+        "nonfinite_ptr": "*i32", "qmax": "fp32", "AFTER": 2,
+    },
+}  # fmt: skip
+
+
+def _packed_args(x, bits, even, follows):
     """Describe what the forward kernels of both packed layers take; codes of activations have 8 bits."""
     integer, rows = x == "u8", "i32:16" if even else "i32"
     pointers = {"x_ptr": f"*{x}", **_WEIGHT, "bias_ptr": "*fp32", "y_ptr": "*bf16" if integer else f"*{x}"}
     grid = {"x_scale_ptr": "*fp32" if integer else None, "x_zero_ptr": "*i32" if integer else None}
     sizes = {"M": "i32", "N": "i32:16", "K": rows, "row_bytes": rows, "EVEN": even}
     wide = {"INTEGER": integer, "BITS": bits, "WIDE_W": bits == 8, "WIDE_X": True, "BIAS": True}
-    return {**pointers, **grid, **sizes, **wide}
+    return {**pointers, **grid, **sizes, **wide, **_EPILOGUES[follows]}
 
 
 def _packed_linear_variants() -> Iterator[Variant]:
     large = [(x, bits, 4096, 0, 768) for x, bits in product(("u8", "bf16"), cd.PACKABLE)]
-    special = [("u8", 4, 16, 0, 768), ("u8", 4, 200, 128, 768), ("u8", 4, 4096, 48, 768), ("u8", 8, 4096, 0, 771)]
+    special = [("u8", 4, m, 0, 768) for m in (16, 32, 64)] + [("u8", 8, 64, 0, 768)]
+    special += [("u8", 4, 200, 128, 768), ("u8", 4, 4096, 48, 768), ("u8", 8, 4096, 0, 771)]
     special += [("bf16", 4, 16, 0, 768), ("bf16", 3, 4096, 128, 768), ("bf16", 4, 4096, 0, 770)]
-    for x, bits, m, group, k in [*large, *special, ("fp32", 4, 4096, 0, 768), ("fp32", 3, 4096, 32, 768)]:
-        n, rows, depth, warps, stages = pl._tiles(m, group or k, _TORCH[x], group)
+    special += [("fp32", 4, 4096, 0, 768), ("fp32", 3, 4096, 32, 768)]
+    for (x, bits, m, group, k), follows in product([*large, *special], _EPILOGUES):
+        n, rows, depth, warps, stages = pl._tiles(m, group or k, _TORCH[x], group, bool(follows))
         even = (group or k) % depth == 0
-        args = {**_packed_args(x, bits, even), "group": "i32:16", "stride_xm": "i32:16" if even else "i32"}
+        args = {**_packed_args(x, bits, even, follows), "group": "i32:16", "stride_xm": "i32:16" if even else "i32"}
         args |= {"token": "i32", "GROUPED": group > 0, "BLOCK_N": n, "BLOCK_M": rows, "BLOCK_K": depth}
-        name = f"{x}, {bits} bits, M {m}, K {k}" + (f", groups of {group}" if group else "")
+        name = f"{x}, {bits} bits, M {m}, K {k}" + (f", groups of {group}" if group else "") + follows
+        exact = x == "u8" or bool(follows)
         ceiling = pl.FLOAT32_REGISTERS if x == "fp32" else None
         yield Variant(
-            "packed_linear", "_packed_linear_kernel", name, args, warps, stages, x == "u8", even, _MMA[x], ceiling
+            "packed_linear", "_packed_linear_kernel", name, args, warps, stages, exact, even, _MMA[x], ceiling
         )
     sizes = {"M": "i32", "N": "i32:16", "K": "i32:16", "row_bytes": "i32:16", "group": "i32:16", "stride_gm": "i32:16"}
     for x, bits, grouped in [("bf16", b, False) for b in cd.PACKABLE] + [("bf16", 4, True), ("fp32", 3, True)]:
@@ -208,23 +234,28 @@ def _packed_conv2d_variants() -> Iterator[Variant]:
     pairs = [f"{of}_{side}" for of in ("step", "pad", "dilation") for side in "hw"]
     sizes = dict.fromkeys(("H", "W", "OH", "OW", *strides, *pairs), "i32")
     near = {name: 1 if name.endswith("c") else "i32:16" for name in strides}
-    taken = [("u8", bits, 3, 64, near) for bits in cd.PACKABLE] + [("u8", 4, 3, 64, {})]
-    taken += [("u8", 8, 7, 3, {}), ("u8", 4, 3, 1, near), ("bf16", 3, 3, 64, near), ("bf16", 4, 1, 64, near)]
+    taken = [("u8", bits, 3, channels, near) for bits, channels in product(cd.PACKABLE, (64, 256))]
+    taken += [("u8", 4, 3, 32, near), ("u8", 4, 3, 256, {}), ("u8", 8, 7, 3, {}), ("u8", 4, 3, 1, near)]
+    taken += [("bf16", 3, 3, 64, near), ("bf16", 4, 1, 64, near), ("bf16", 4, 3, 256, near)]
     taken += [("fp32", 4, 3, 64, near), ("fp32", 3, 3, 1, near)]
-    for x, bits, taps, channels, last in taken:
-        rows, m, depth = pc._tiles(64 if channels > 1 else 1, _TORCH[x])
+    for (x, bits, taps, channels, last), follows in product(taken, _EPILOGUES):
+        outputs, order = 64 if channels == 3 else channels, torch.channels_last if last else torch.contiguous_format
+        image = torch.empty((64, channels, 14, 14), dtype=_TORCH[x], device="meta").to(memory_format=order)
+        rows, m, depth, warps, stages = pc._tiles(outputs, channels, 64 * 14 * 14, image, bool(follows))
         shape = {**sizes, **last, "S": taps, "BLOCK_M": m, "C": "i32:16" if channels > 3 else channels}
-        name = f"{x}, {bits} bits, {taps}x{taps} of {channels}" + (", channels last" if last else "")
-        mma = _MMA[x] if channels > 1 else dict.fromkeys(_MMA[x], ("IMMA",))
+        name = f"{x}, {bits} bits, {taps}x{taps} of {channels}" + (", channels last" if last else "") + follows
+        mma = _MMA[x] if outputs >= 64 else dict.fromkeys(_MMA[x], ("IMMA",))  # wgmma wants 64 outputs
         whole = channels % depth == 0
-        args = {**_packed_args(x, bits, whole), **shape, "BY_TAP": whole, "BLOCK_N": rows, "BLOCK_K": depth}
+        args = {**_packed_args(x, bits, whole, follows), **shape, "BY_TAP": whole, "BLOCK_N": rows, "BLOCK_K": depth}
+        exact = x == "u8" or bool(follows)
         most = None if x == "u8" else pc.FLOAT_REGISTERS
         wide = bool(last) and channels > 16
-        yield Variant("packed_conv2d", "_packed_conv2d_kernel", name, args, 4, 2, x == "u8", wide, mma, most)
-        if x != "u8":
+        yield Variant("packed_conv2d", "_packed_conv2d_kernel", name, args, warps, stages, exact, wide, mma, most)
+        if x != "u8" and not follows:
+            rows, m, depth = pc._small_tile(channels, _TORCH[x])
             args = {"grad_ptr": f"*{x}", "dx_ptr": f"*{x}", **_WEIGHT, **shape, "M": "i32", "N": "i32:16"}
-            args |= {"row_bytes": "i32", "R": taps, "BITS": bits, "BLOCK_C": rows, "BLOCK_N": depth}
-            args |= {"WHOLE": channels > 1}
+            args |= {"row_bytes": "i32", "R": taps, "BITS": bits, "WHOLE": channels > 1}
+            args |= {"BLOCK_C": rows, "BLOCK_M": m, "BLOCK_N": depth}
             kernel, warps = "_packed_conv2d_backward_kernel", pc._backward_warps(_TORCH[x])
             yield Variant("packed_conv2d", kernel, name, args, warps, 2, False, False, _MMA[x])
 

@@ -4,12 +4,16 @@ A row of words holds the codes of one output with its channels last, as `_taps` 
 of `packed_linear`: exact integer sums, times ``scale_x * scale_w`` in float32, plus bias.
 """
 
+from functools import partial
+
 import torch
 from torch.nn import functional as F
 
-from . import _native
+from . import _epilogue, _native
+from ._epilogue import Epilogue, finish, store_finished
+from ._operands import activation_operand, exact_sum, load_codes, weight_operand
 from ._taps import from_rows
-from ._tiles import activation_operand, exact_sum, gather_codes, load_codes, weight_operand, without_autocast
+from ._tiles import gather_codes, without_autocast
 from ._triton import jit, tl, triton
 from .codes import PACKABLE, exact_product, refuses_sum, refuses_words, stored_codes, unpacked
 
@@ -20,24 +24,29 @@ FLOAT_REGISTERS = 168  # a ceiling that is named keeps ptxas from spilling a few
 
 @without_autocast
 def reference(
-    x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, stride, padding, dilation, groups, dtype
-):
-    """Compute the layer: the specification of the op."""
-    geometry = kernel_size, stride, padding, dilation, groups
-    layout = fake(x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, *geometry, dtype)
-    per_group = x.shape[1] // groups
-    shape = (words.shape[0], per_group, *kernel_size)
+    x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, stride, padding, dilation, groups, dtype,
+    *end,
+):  # fmt: skip
+    """Return (y, moments, nonfinite): the specification of the op."""
+    end, convolve = Epilogue(*end), lambda x, weight, bias: F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    layout = _output(x, words.shape[0], kernel_size, stride, padding, dilation, end.dtype(dtype))
+    shape = (words.shape[0], x.shape[1] // groups, *kernel_size)
     if x_scale is None:
         weight = dequantise(words, scale, zero, bits, shape).to(x.dtype)
-        bias = None if bias is None else bias.to(x.dtype)
-        return layout.copy_(F.conv2d(x, weight, bias, *geometry[1:]))
+        y = convolve(x, weight, None if bias is None else bias.to(x.dtype))
+    else:
+        y = _integer_product(convolve, x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, shape)
+    y, *seen = finish(y, end, 1)
+    return layout.copy_(y), *seen
+
+
+def _integer_product(convolve, x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, shape):
     terms = shape[1] * shape[2] * shape[3]
     weight = from_rows(stored_codes(words, bits, terms).float() - zero.unsqueeze(-1), shape)
     with torch.backends.cudnn.flags(enabled=False):  # Winograd and TF32 sums of integers are not exact
-        convolve = lambda x, weight: F.conv2d(x, weight, None, *geometry[1:])  # noqa: E731
-        sums = exact_product(convolve, x.float() - x_zero, weight, terms, x_bits, bits)
+        sums = exact_product(partial(convolve, bias=None), x.float() - x_zero, weight, terms, x_bits, bits)
     y = sums * (x_scale * scale).reshape(-1, 1, 1)
-    return layout.copy_(y if bias is None else y + bias.float().reshape(-1, 1, 1))
+    return y if bias is None else y + bias.float().reshape(-1, 1, 1)
 
 
 @without_autocast
@@ -55,21 +64,33 @@ def dequantise(words, scale, zero, bits, shape):
 
 
 def fake(
-    x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, stride, padding, dilation, groups, dtype
-):
-    """Allocate the output as the op does: contiguous, or channels-last where `x` is."""
-    sizes = [
-        (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, k, s, p, d in zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)
-    ]
+    x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, stride, padding, dilation, groups, dtype,
+    *end,
+):  # fmt: skip
+    """Allocate the outputs as the op does."""
+    end = Epilogue(*end)
+    y = _output(x, words.shape[0], kernel_size, stride, padding, dilation, end.dtype(dtype))
+    return y, *_epilogue.allocate(y, words.shape[0], end)
+
+
+def output_shape(x, channels, kernel_size, stride, padding, dilation):
+    """Return the shape of the output, (B, channels, H', W')."""
+    axes = zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)
+    return x.shape[0], channels, *((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in axes)
+
+
+def _output(x, channels, kernel_size, stride, padding, dilation, dtype):
+    """Allocate y: contiguous, or channels-last where `x` is."""
+    shape = output_shape(x, channels, kernel_size, stride, padding, dilation)
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty((x.shape[0], words.shape[0], *sizes), dtype=dtype, device=x.device, memory_format=layout)
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=layout)
 
 
 @jit
 def _packed_conv2d_kernel(
     x_ptr, word_ptr, scale_ptr, zero_ptr, bias_ptr, x_scale_ptr, x_zero_ptr, y_ptr,
+    gain_ptr, shift_ptr, residual_ptr, y_scale_ptr, y_zero_ptr, moments_ptr, nonfinite_ptr, qmax, AFTER: tl.constexpr,
     M, N, K, C, H, W, OH, OW, row_bytes,
     stride_xb, stride_xc, stride_xh, stride_xw, stride_yb, stride_yc, stride_yp,
     step_h, step_w, pad_h, pad_w, dilation_h, dilation_w, S: tl.constexpr, BY_TAP: tl.constexpr,
@@ -118,8 +139,11 @@ def _packed_conv2d_kernel(
     if BIAS:
         y += tl.load(bias_ptr + n).to(tl.float32)[:, None]
     channel = tl.program_id(1) * N + offs_n
-    out = y_ptr + (image * stride_yb)[None, :] + pixel[None, :] * stride_yp + channel[:, None] * stride_yc
-    tl.store(out, y.to(y_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])
+    offs = (image * stride_yb)[None, :] + pixel[None, :] * stride_yp + channel[:, None] * stride_yc
+    store_finished(
+        y, n, offs, offs_n < N, offs_m < M, tl.program_id(0) // tiles_n, tl.cdiv(M, BLOCK_M), N * tl.num_programs(1),
+        y_ptr, gain_ptr, shift_ptr, residual_ptr, y_scale_ptr, y_zero_ptr, moments_ptr, nonfinite_ptr, qmax, AFTER,
+    )  # fmt: skip
 
 
 @jit
@@ -162,60 +186,38 @@ def _packed_conv2d_backward_kernel(
 
 
 def launch(
-    x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, stride, padding, dilation, groups, dtype
-):
+    x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, stride, padding, dilation, groups, dtype,
+    *end,
+):  # fmt: skip
     """Run the Triton kernel."""
-    geometry = kernel_size, stride, padding, dilation, groups
-    y = fake(x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, *geometry, dtype)
+    end, geometry = Epilogue(*end), (*stride, *padding, *dilation)
+    y = _output(x, words.shape[0], kernel_size, stride, padding, dilation, end.dtype(dtype))
     if y.numel() == 0:
-        return y
+        return y, *(t.zero_() for t in _epilogue.allocate(y, y.shape[1], end))
     pixels, inputs, outputs = y.numel() // y.shape[1], x.shape[1] // groups, y.shape[1] // groups
     k = inputs * kernel_size[0] * kernel_size[1]
-    block_n, block_m, block_k = _tiles(outputs, x.dtype)
+    block_n, block_m, block_k, warps, stages = _tiles(outputs, inputs, pixels, x, end.transforms)
+    programs, tiles_m = triton.cdiv(outputs, block_n) * triton.cdiv(pixels, block_m), triton.cdiv(pixels, block_m)
+    finishing = _epilogue.arguments(end, y, y.shape[1], tiles_m, programs * groups)
+    weight = (t.contiguous() for t in (words, scale, zero))
+    sizes = (pixels, outputs, k, inputs, *x.shape[2:], *y.shape[2:], words.shape[-1])
+    steps = (*x.stride(), *(y.stride(d) for d in (0, 1, 3)))
+    integer = x_scale is not None
     with torch.cuda.device_of(x):
-        _packed_conv2d_kernel[(triton.cdiv(outputs, block_n) * triton.cdiv(pixels, block_m), groups)](
-            x,
-            words.contiguous(),
-            scale.contiguous(),
-            zero.contiguous(),
-            bias,
-            x_scale,
-            x_zero,
-            y,
-            pixels,
-            outputs,
-            k,
-            inputs,
-            *x.shape[2:],
-            *y.shape[2:],
-            words.shape[-1],
-            *x.stride(),
-            *(y.stride(d) for d in (0, 1, 3)),
-            *stride,
-            *padding,
-            *dilation,
-            kernel_size[1],
-            BY_TAP=k == inputs or inputs % block_k == 0,
-            INTEGER=x_scale is not None,
-            BITS=8 if words.shape[-1] == k else bits,
-            WIDE_W=bits == 8,
-            WIDE_X=x_bits == 8,
-            BIAS=bias is not None,
-            EVEN=k % block_k == 0,
-            BLOCK_N=block_n,
-            BLOCK_M=block_m,
-            BLOCK_K=block_k,
-            num_warps=4,
-            num_stages=2,
-            maxnreg=FLOAT_REGISTERS if x_scale is None else None,
-            enable_fp_fusion=x_scale is None,
-        )
-    return y
+        _packed_conv2d_kernel[(programs, groups)](
+            x, *weight, bias, x_scale, x_zero, y, *finishing.values(), *sizes, *steps, *geometry, kernel_size[1],
+            BY_TAP=k == inputs or inputs % block_k == 0, INTEGER=integer, BITS=8 if words.shape[-1] == k else bits,
+            WIDE_W=bits == 8, WIDE_X=x_bits == 8, BIAS=bias is not None, EVEN=k % block_k == 0, BLOCK_N=block_n,
+            BLOCK_M=block_m, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
+            maxnreg=None if integer else FLOAT_REGISTERS, enable_fp_fusion=not integer and not end.transforms,
+        )  # fmt: skip
+    return y, *_epilogue.gather(finishing, y)
 
 
 def refuses(
-    x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, stride, padding, dilation, groups, dtype
-):
+    x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, stride, padding, dilation, groups, dtype,
+    *end,
+):  # fmt: skip
     """Say why the Triton kernel cannot run, or None."""
     k = x.shape[1] // groups * kernel_size[0] * kernel_size[1]
     if x_scale is not None and (reason := refuses_sum(k, bits, x_bits)):
@@ -232,33 +234,14 @@ def launch_backward(grad, words, scale, zero, bits, input_shape, kernel_size, st
         return dx
     pixels, inputs, outputs = dx.numel() // dx.shape[1], dx.shape[1] // groups, words.shape[0] // groups
     k = inputs * kernel_size[0] * kernel_size[1]
-    block_c, block_m, block_n = _tiles(inputs, grad.dtype)
+    block_c, block_m, block_n = _small_tile(inputs, grad.dtype)
     with torch.cuda.device_of(grad):
         _packed_conv2d_backward_kernel[(triton.cdiv(inputs, block_c) * triton.cdiv(pixels, block_m), groups)](
-            grad,
-            words.contiguous(),
-            scale.contiguous(),
-            zero.contiguous(),
-            dx,
-            pixels,
-            outputs,
-            inputs,
-            *dx.shape[2:],
-            *grad.shape[2:],
-            words.shape[-1],
-            *grad.stride(),
-            *stride,
-            *padding,
-            *dilation,
-            *kernel_size,
-            BITS=8 if words.shape[-1] == k else bits,
-            WHOLE=refuses_words(words, bits, inputs, k) is None,
-            BLOCK_N=block_n,
-            BLOCK_M=block_m,
-            BLOCK_C=block_c,
-            num_warps=_backward_warps(grad.dtype),
-            num_stages=2,
-        )
+            grad, *(t.contiguous() for t in (words, scale, zero)), dx, pixels, outputs, inputs, *dx.shape[2:],
+            *grad.shape[2:], words.shape[-1], *grad.stride(), *stride, *padding, *dilation, *kernel_size,
+            BITS=8 if words.shape[-1] == k else bits, WHOLE=refuses_words(words, bits, inputs, k) is None,
+            BLOCK_N=block_n, BLOCK_M=block_m, BLOCK_C=block_c, num_warps=_backward_warps(grad.dtype), num_stages=2,
+        )  # fmt: skip
     return dx
 
 
@@ -320,7 +303,7 @@ def refuses_cpu_backward(grad, words, scale, zero, bits, input_shape, *geometry)
 
 def launch_unpacked(x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, *args):
     """Compute the reference on codes that the native kernel has unpacked."""
-    k = x.shape[1] // args[-2] * kernel_size[0] * kernel_size[1]
+    k = x.shape[1] // args[3] * kernel_size[0] * kernel_size[1]
     words = unpacked(words, bits, k)
     return reference(x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, *args)
 
@@ -372,7 +355,19 @@ def _refuses_size(x, groups):
     return None
 
 
-def _tiles(channels, dtype):
+def _tiles(outputs, inputs, pixels, x, follows):
+    """Choose (BLOCK_N, BLOCK_M, BLOCK_K, warps, stages): large tiles once they fill a GPU with channels-last images.
+
+    Where something `follows` floats, what it holds beside 128 x 128 sums would spill registers, and so would the
+    addresses of channels that lie apart.
+    """
+    fills = (outputs // 128) * (pixels // 128) >= 128 and inputs % 64 == 0 and x.stride(1) == 1
+    if fills and (x.dtype == torch.uint8 or (x.dtype != torch.float32 and not follows)):
+        return 128, 128, 64, 8, 3
+    return *_small_tile(outputs, x.dtype), 4, 2
+
+
+def _small_tile(channels, dtype):
     """Choose the tile: (channels of a group, pixels, contraction)."""
     if dtype == torch.float32:
         return (64, 32, 32) if channels > 32 else (32, 32, 16)

@@ -2,6 +2,7 @@
 
 Float activations: ``y = x @ ((code - zero) * scale).T + bias``. Activation codes: the sum over k of
 ``(code_x - zero_x) * (code_w - zero_w)`` is an exact integer, times ``scale_x * scale_w`` in float32, plus bias.
+What may follow is in `_epilogue`.
 """
 
 import math
@@ -9,8 +10,10 @@ import math
 import torch
 from torch.nn import functional as F
 
-from . import _native
-from ._tiles import activation_operand, exact_sum, load_codes, weight_operand, without_autocast
+from . import _epilogue, _native
+from ._epilogue import Epilogue, finish, store_finished
+from ._operands import activation_operand, exact_sum, load_codes, weight_operand
+from ._tiles import without_autocast
 from ._triton import jit, tl, triton
 from .codes import PACKABLE, exact_product, refuses_sum, refuses_words, stored_codes, unpacked
 
@@ -18,12 +21,21 @@ FLOAT32_REGISTERS = 200  # a ceiling that is named keeps ptxas from spilling a f
 
 
 @without_autocast
-def reference(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits, dtype):
-    """Compute the layer: the specification of the op."""
+def reference(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits, dtype, *end):
+    """Return (y, moments, nonfinite): the specification of the op."""
+    end = Epilogue(*end)
+    product = _integer_product if x_scale is not None else _float_product
+    y, *seen = finish(product(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits), end, -1)
+    return y.to(end.dtype(dtype)), *seen
+
+
+def _float_product(x, words, scale, zero, bias, bits, group, *_):
+    weight = dequantise(words, scale, zero, bits, group, x.shape[-1]).to(x.dtype)
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _integer_product(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits):
     k = x.shape[-1]
-    if x_scale is None:
-        weight = dequantise(words, scale, zero, bits, group, k).to(x.dtype)
-        return F.linear(x, weight, None if bias is None else bias.to(x.dtype)).to(dtype)
     x = x.float() - x_zero.unsqueeze(-1)
     weight = stored_codes(words, bits, k).float()
     step = x_scale.unsqueeze(-1)
@@ -36,7 +48,7 @@ def reference(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits,
             part = slice(g * group, (g + 1) * group)
             sums = exact_product(F.linear, x[..., part], weight[:, part] - zero[:, g, None], group, x_bits, bits)
             y = y + sums * (step * scale[:, g])
-    return (y if bias is None else y + bias.float()).to(dtype)
+    return y if bias is None else y + bias.float()
 
 
 @without_autocast
@@ -55,9 +67,17 @@ def dequantise(words, scale, zero, bits, group, k):
     return (codes.float() - zero) * scale
 
 
+def fake(x, words, *args):
+    """Allocate the outputs as the op does."""
+    dtype, end = args[8], Epilogue(*args[9:])
+    y = x.new_empty((*x.shape[:-1], words.shape[0]), dtype=end.dtype(dtype))
+    return y, *_epilogue.allocate(y, words.shape[0], end)
+
+
 @jit
 def _packed_linear_kernel(
     x_ptr, word_ptr, scale_ptr, zero_ptr, bias_ptr, x_scale_ptr, x_zero_ptr, y_ptr,
+    gain_ptr, shift_ptr, residual_ptr, y_scale_ptr, y_zero_ptr, moments_ptr, nonfinite_ptr, qmax, AFTER: tl.constexpr,
     M, N, K, row_bytes, group, stride_xm, token,
     INTEGER: tl.constexpr, BITS: tl.constexpr, WIDE_W: tl.constexpr, WIDE_X: tl.constexpr, GROUPED: tl.constexpr,
     BIAS: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -82,8 +102,11 @@ def _packed_linear_kernel(
         y += total.to(tl.float32) * (scale_x[None, :] * scale[:, None])
     if BIAS:
         y += tl.load(bias_ptr + n).to(tl.float32)[:, None]
-    mask = (offs_n < N)[:, None] & (offs_m < M)[None, :]
-    tl.store(y_ptr + offs_m[None, :].to(tl.int64) * N + offs_n[:, None], y.to(y_ptr.dtype.element_ty), mask=mask)
+    offs = offs_m[None, :].to(tl.int64) * N + offs_n[:, None]
+    store_finished(
+        y, n, offs, offs_n < N, offs_m < M, tl.program_id(0) // tiles_n, tl.cdiv(M, BLOCK_M), N, y_ptr, gain_ptr,
+        shift_ptr, residual_ptr, y_scale_ptr, y_zero_ptr, moments_ptr, nonfinite_ptr, qmax, AFTER,
+    )  # fmt: skip
 
 
 @jit
@@ -144,52 +167,32 @@ def _packed_linear_backward_kernel(
     tl.store(dx_ptr + offs_m[:, None].to(tl.int64) * K + offs_k[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-def launch(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits, dtype):
+def launch(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits, dtype, *end):
     """Run the Triton kernel."""
-    k, n, m = x.shape[-1], words.shape[0], math.prod(x.shape[:-1])
-    rows = _rows(x, m, k)
-    y = x.new_empty((*x.shape[:-1], n), dtype=dtype)
+    k, n, m, end = x.shape[-1], words.shape[0], math.prod(x.shape[:-1]), Epilogue(*end)
+    rows, integer, span = _rows(x, m, k), x_scale is not None, group or k
+    y = x.new_empty((*x.shape[:-1], n), dtype=end.dtype(dtype))
     if y.numel() == 0:
-        return y
-    integer = x_scale is not None
-    span = group or k
-    block_n, block_m, block_k, warps, stages = _tiles(m, span, rows.dtype, group)
+        return y, *(t.zero_() for t in _epilogue.allocate(y, n, end))
+    block_n, block_m, block_k, warps, stages = _tiles(m, span, rows.dtype, group, end.transforms)
+    tiles_m = triton.cdiv(m, block_m)
+    programs = triton.cdiv(n, block_n) * tiles_m
+    finishing = _epilogue.arguments(end, y, n, tiles_m, programs)
+    weight = (t.contiguous() for t in (words, scale, zero))
+    grid = (x_scale.contiguous(), x_zero.contiguous()) if integer else (None, None)
+    sizes = (m, n, k, words.shape[-1], span, rows.stride(0), 1 if integer and x_scale.ndim else 0)
     with torch.cuda.device_of(x):
-        _packed_linear_kernel[(triton.cdiv(n, block_n) * triton.cdiv(m, block_m),)](
-            rows,
-            words.contiguous(),
-            scale.contiguous(),
-            zero.contiguous(),
-            bias,
-            x_scale.contiguous() if integer else None,
-            x_zero.contiguous() if integer else None,
-            y,
-            m,
-            n,
-            k,
-            words.shape[-1],
-            span,
-            rows.stride(0),
-            1 if integer and x_scale.ndim else 0,
-            INTEGER=integer,
-            BITS=8 if words.shape[-1] == k else bits,
-            WIDE_W=bits == 8,
-            WIDE_X=x_bits == 8,
-            GROUPED=group > 0,
-            BIAS=bias is not None,
-            EVEN=span % block_k == 0,
-            BLOCK_N=block_n,
-            BLOCK_M=block_m,
-            BLOCK_K=block_k,
-            num_warps=warps,
-            num_stages=stages,
+        _packed_linear_kernel[(programs,)](
+            rows, *weight, bias, *grid, y, *finishing.values(), *sizes, INTEGER=integer,
+            BITS=8 if words.shape[-1] == k else bits, WIDE_W=bits == 8, WIDE_X=x_bits == 8, GROUPED=group > 0,
+            BIAS=bias is not None, EVEN=span % block_k == 0, BLOCK_N=block_n, BLOCK_M=block_m, BLOCK_K=block_k,
+            num_warps=warps, num_stages=stages, enable_fp_fusion=not integer and not end.transforms,
             maxnreg=FLOAT32_REGISTERS if rows.dtype == torch.float32 else None,
-            enable_fp_fusion=not integer,
-        )
-    return y
+        )  # fmt: skip
+    return y, *_epilogue.gather(finishing, y)
 
 
-def refuses(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits, dtype):
+def refuses(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits, dtype, *end):
     """Say why the Triton kernel cannot run, or None."""
     if x_scale is not None:
         return refuses_sum(group or x.shape[-1], bits, x_bits) or refuses_words(words, bits, group, x.shape[-1])
@@ -316,14 +319,19 @@ def _rows(x, m, k):
     return rows if k == 1 or rows.stride(1) == 1 else rows.contiguous()
 
 
-def _tiles(m, span, dtype, group):
-    """Choose (BLOCK_N, BLOCK_M, BLOCK_K, warps, stages): large tiles once there are rows enough to fill a GPU."""
+def _tiles(m, span, dtype, group, follows):
+    """Choose (BLOCK_N, BLOCK_M, BLOCK_K, warps, stages): large tiles once there are rows enough to fill a GPU.
+
+    Where something `follows` floats, what it holds beside 128 x 128 sums would spill registers.
+    """
     block_m = min(64, max(16, triton.next_power_of_2(m)))
     if dtype == torch.float32 or (group and span % 32):
         return 64, min(32 if dtype == torch.float32 else 16, block_m), 32, 4, 2
     if group or span % 64:
         return 64, block_m, 32, 4, 3
-    return (64, block_m, 64, 4, 3) if m < 1024 else (128, 128, 64, 8, 3)
+    if m < 1024:
+        return 64, block_m, 64, 4, 3
+    return 128, 64 if follows and dtype != torch.uint8 else 128, 64, 8, 3
 
 
 def _backward_tiles(dtype):

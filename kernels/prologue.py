@@ -18,6 +18,7 @@ from ._tiles import (
     canonical,
     clamp,
     expand,
+    gelu,
     in_order_of,
     load_pair,
     load_tile,
@@ -123,7 +124,7 @@ def _normal_tile(u, column, W, eps, BEFORE: tl.constexpr, BLOCK_W: tl.constexpr)
     """Return (n, 1 / sqrt(var + eps)) of a tile; a LayerNorm has its whole rows in it."""
     rstd = 0.0
     if BEFORE == 1:
-        u = 0.5 * u * (1.0 + tl.erf(u * 0.7071067811865476))
+        u = gelu(u)
     if BEFORE == 2:
         inside = (column + tl.arange(0, BLOCK_W) < W)[None, :]
         u = tl.where(inside, u - _mean(u, W), 0.0)

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 import torch
 from ttaq.kernels import codes as cd
+from ttaq.kernels import packed_conv2d as pc
+from ttaq.kernels import packed_linear as pl
 
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 Samples = Iterator[tuple[str, tuple]]
@@ -26,10 +28,41 @@ def _grid(random, shape, x_bits):
 
 NO_GRID = (None, None, 8)
 
+# What follows a product: * gain and shift, + a residual, an activation, # codes of so many bits, ? moments.
+AFTER = ("*", "+", "+relu", "gelu", "#8", "?", "*+relu#4?", "*+gelu#8?")
+
+
+def _after(random, wanted, reference, args, channels_axis):
+    """Add to the arguments of a product what `wanted` asks to follow it; its grid fits what the reference gives."""
+    y = reference(*args)[0]
+    n, plain = y.shape[channels_axis], wanted.strip("*+#?0123456789") or "none"
+    affine = torch.rand(n, generator=random) + 0.5, torch.randn(n, generator=random)
+    residual = (y.float() * torch.rand(y.shape, generator=random)).to(y.dtype) if "+" in wanted else None
+    residual = residual.contiguous() if wanted == "+" else residual  # in an order that may be another than that of y
+    bits, grid = 8, (None, None)
+    if "#" in wanted:
+        bits = int(wanted.partition("#")[2].rstrip("?"))
+        scale = y.float().abs().max() / (1 << bits) if y.numel() else torch.tensor(0.1)
+        grid = (scale, torch.randint(0, 1 << bits, (), dtype=torch.int32, generator=random))
+    return (*args, *(affine if "*" in wanted else (None, None)), residual, plain, *grid, bits, "?" in wanted)
+
 
 def packed_linear() -> Samples:
     yield from _linear_on_floats()
     yield from _linear_on_codes()
+    random = torch.Generator().manual_seed(24)
+    named = dict([*_linear_on_floats(), *_linear_on_codes()])
+    for name in ("4_bits-8_bit_codes", "whole_tiles-f32", "2_bits-bf16"):
+        for wanted in AFTER:
+            yield f"after_{wanted}-{name}", _after(random, wanted, pl.reference, named[name], -1)
+    for name in (
+        "8_bits-8_bit_codes-tokens",
+        "3_bits-8_bit_codes-groups",
+        "codes-bf16",
+        "codes-one_row",
+        "codes-empty",
+    ):
+        yield f"after_*+relu#4?-{name}", _after(random, "*+relu#4?", pl.reference, named[name], -1)
 
 
 def _linear_on_floats():
@@ -118,6 +151,16 @@ def _geometry(kernel, stride, padding, dilation, groups):
 
 
 def packed_conv2d() -> Samples:
+    yield from _convolutions()
+    random, named = torch.Generator().manual_seed(25), dict(_convolutions())
+    for name in ("3x3-codes", "3x3-dilated-groups-codes-channels_last", "3x3-deep-bf16"):
+        for wanted in AFTER:
+            yield f"after_{wanted}-{name}", _after(random, wanted, pc.reference, named[name], 1)
+    for name in ("depthwise-codes", "1x1-uneven-codes-bf16", "5x5-stem-codes-channels_last", "empty-codes"):
+        yield f"after_*+relu#4?-{name}", _after(random, "*+relu#4?", pc.reference, named[name], 1)
+
+
+def _convolutions() -> Samples:
     random = torch.Generator().manual_seed(19)
     for at, (name, (shape, outputs, kernel, *rest)) in enumerate(CONVOLUTIONS.items()):
         k = shape[1] // rest[-1] * kernel[0] * kernel[1]
@@ -142,7 +185,7 @@ def packed_conv2d() -> Samples:
 
 def packed_conv2d_backward() -> Samples:
     random = torch.Generator().manual_seed(20)
-    for name, (x, words, scale, zero, _, bits, *rest) in packed_conv2d():
+    for name, (x, words, scale, zero, _, bits, *rest) in _convolutions():
         if x.dtype == torch.uint8:
             continue
         sizes = [

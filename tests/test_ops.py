@@ -16,7 +16,7 @@ FEW = [case for found in FINITE.values() for case in found[:: max(1, len(found) 
 
 def _typed(case):
     """Return (the typed function of the op, its tensors, its keywords) for a case of the raw op."""
-    args = dict(zip(_names(case.op), case.args, strict=True))
+    args = dict(zip(_names(case.op), case.args, strict=False))  # the last ones may be left to their defaults
     function = getattr(ops, case.op)
     tensors = {n: a for n, a in args.items() if isinstance(a, torch.Tensor)}
     keywords = {n: a for n, a in args.items() if n not in tensors and n in function.__annotations__}

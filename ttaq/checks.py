@@ -2,6 +2,7 @@
 
 import torch
 
+from .kernels import _epilogue as ep
 from .kernels import activation_codes as ac
 from .kernels import codes as cd
 from .kernels import log2 as lg
@@ -217,4 +218,47 @@ def check_operands(a, b, a_scale, b_scale):
         raise ValueError(
             f"quantized_matmul: wanted (..., M, K) and (..., K, N), got {tuple(a.shape)} and {tuple(b.shape)}; "
             "transpose one or check K"
+        )
+
+
+def check_entering(op, x, x_scale, token, dtype):
+    """Raise one sentence when x is codes without a grid, or floats of another dtype than asked; return y's dtype."""
+    if x.dtype == torch.uint8:
+        if x_scale is None or token:
+            raise ValueError(f"{op}: x holds codes, and no x_scale says of what; pass the x_scale and x_zero they have")
+        return dtype or torch.float32
+    if dtype not in (None, x.dtype):
+        raise ValueError(f"{op}: y has the dtype of x, {x.dtype}, got dtype={dtype}; it is for inputs that are codes")
+    return x.dtype
+
+
+def check_epilogue(op, shape, dtype, device, end, *learning):
+    """Raise one sentence when what follows a product of `shape` and `dtype` does not fit, or would have to learn."""
+    if learns(*(t for t in (*learning, *end) if isinstance(t, torch.Tensor))):
+        raise ValueError(
+            f"{op}: inputs of codes, gain, residual, after and y_scale are for inference, got a tensor that requires "
+            "a gradient; call it under torch.no_grad() or run the layers apart"
+        )
+    if end.after not in ep.KINDS:
+        raise ValueError(f"{op}: after must be one of {', '.join(ep.KINDS)}, got {end.after!r}; use one of these")
+    for names in (("gain", "shift"), ("y_scale", "y_zero")):
+        pair = [getattr(end, name) for name in names]
+        wanted = (shape[1 if op.endswith("conv2d") else -1],) if names[0] == "gain" else ()
+        if (pair[0] is None) != (pair[1] is None):
+            raise ValueError(f"{op}: {names[0]} and {names[1]} go together, got one of them; pass both")
+        if pair[0] is not None and any((t.shape, t.device) != (wanted, device) for t in pair):
+            raise ValueError(
+                f"{op}: {names[0]} and {names[1]} want shape {wanted} on {device}, got {tuple(pair[0].shape)} and "
+                f"{tuple(pair[1].shape)} on {pair[0].device} and {pair[1].device}; reshape or move them"
+            )
+    residual = end.residual
+    if residual is not None and (residual.shape, residual.dtype, residual.device) != (shape, dtype, device):
+        raise ValueError(
+            f"{op}: residual wants the shape, dtype and device of y, {tuple(shape)} {dtype} on {device}, "
+            f"got {tuple(residual.shape)} {residual.dtype} on {residual.device}; convert it"
+        )
+    if end.y_scale is not None and (not 2 <= end.y_bits <= 8 or end.y_zero.dtype != torch.int32):
+        raise ValueError(
+            f"{op}: codes of y want y_bits from 2 to 8 and an int32 y_zero, got {end.y_bits} and {end.y_zero.dtype}; "
+            "use y_zero.round().int()"
         )

@@ -3,6 +3,7 @@
 import torch
 
 from .dispatch import Implementation, cpu, declare, gpu, never
+from .kernels import _epilogue as ep
 from .kernels import activation_codes as ac
 from .kernels import codes as cd
 from .kernels import fake_quant as fq
@@ -18,6 +19,7 @@ _SCALES = "Tensor scale, Tensor zero, int qmin, int qmax, int? axis, int group"
 _PERTURBED = "Tensor scale, Tensor zero, Tensor spread, Tensor seed, int qmin, int qmax, int? axis, str kind"
 _PROLOGUE = "Tensor? gain, Tensor? shift, Tensor scale, Tensor zero, str before, float eps"
 _CONV = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups"
+_FINISHED = "(Tensor y, Tensor moments, Tensor nonfinite)"
 
 
 FAKE_QUANT = declare(
@@ -138,12 +140,12 @@ UNPACK_CODES = declare(
 )
 PACKED_LINEAR = declare(
     "packed_linear(Tensor x, Tensor words, Tensor scale, Tensor zero, Tensor? bias, int bits, int group,"
-    " Tensor? x_scale, Tensor? x_zero, int x_bits, ScalarType dtype) -> Tensor",
+    f" Tensor? x_scale, Tensor? x_zero, int x_bits, ScalarType dtype, {ep.SCHEMA}) -> {_FINISHED}",
     Implementation("triton", pl.launch, gpu(pl.refuses)),
     Implementation("cpu", pl.launch_cpu, cpu(pl.refuses_cpu)),
     Implementation("unpacked", pl.launch_unpacked, cpu(pl.refuses_unpacked)),
     Implementation("reference", pl.reference, never),
-    fake=lambda x, words, *rest: x.new_empty((*x.shape[:-1], words.shape[0]), dtype=rest[-1]),
+    fake=pl.fake,
 )
 PACKED_LINEAR_BACKWARD = declare(
     "packed_linear_backward(Tensor grad, Tensor words, Tensor scale, Tensor zero, int bits, int group, int k)"
@@ -156,7 +158,7 @@ PACKED_LINEAR_BACKWARD = declare(
 )
 PACKED_CONV2D = declare(
     "packed_conv2d(Tensor x, Tensor words, Tensor scale, Tensor zero, Tensor? bias, int bits, Tensor? x_scale,"
-    f" Tensor? x_zero, int x_bits, {_CONV}, ScalarType dtype) -> Tensor",
+    f" Tensor? x_zero, int x_bits, {_CONV}, ScalarType dtype, {ep.SCHEMA}) -> {_FINISHED}",
     Implementation("triton", pc.launch, gpu(pc.refuses)),
     Implementation("cpu", pc.launch_cpu, cpu(pc.refuses_cpu)),
     Implementation("unpacked", pc.launch_unpacked, cpu(pc.refuses_unpacked)),

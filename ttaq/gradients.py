@@ -81,18 +81,17 @@ class SoftRound(torch.autograd.Function):
 
 class PackedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits, token):
-        if token:
-            entering, x_scale, x_zero, _, nonfinite = RAW.activation_codes(x, None, None, x_bits, False, False)
-        else:
-            entering, nonfinite = _activation_codes(x, x_scale, x_zero, x_bits)
+    def forward(ctx, x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits, token, moments):
+        entering, x_scale, x_zero, nonfinite = entering_codes(x, x_scale, x_zero, x_bits, token)
         ctx.save_for_backward(x, words, scale, zero, x_scale, x_zero)
         ctx.widths = (bits, group, x_bits)
-        y = RAW.packed_linear(entering, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits, x.dtype)
-        return _with_count(ctx, y, nonfinite)
+        y, seen, _ = RAW.packed_linear(
+            entering, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits, x.dtype, moments=moments
+        )
+        return _observed(ctx, y, nonfinite, seen if moments else None)
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx, grad, *_):
         x, words, scale, zero, x_scale, x_zero = ctx.saved_tensors
         bits, group, x_bits = ctx.widths
         dx = dx_scale = None
@@ -100,20 +99,22 @@ class PackedLinear(torch.autograd.Function):
             dx = RAW.packed_linear_backward(grad, words, scale, zero, bits, group, x.shape[-1])
             dx, dx_scale = _through_codes(ctx.needs_input_grad, dx, x, x_scale, x_zero, x_bits)
         dbias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[4] else None
-        return dx, *(None,) * 3, dbias, None, None, dx_scale, *(None,) * 3
+        return dx, *(None,) * 3, dbias, None, None, dx_scale, *(None,) * 4
 
 
 class PackedConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, *geometry):
+    def forward(ctx, x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, moments, *geometry):
         ctx.save_for_backward(x, words, scale, zero, x_scale, x_zero)
         ctx.widths, ctx.geometry = (bits, x_bits), geometry
-        entering, nonfinite = _activation_codes(x, x_scale, x_zero, x_bits)
-        y = RAW.packed_conv2d(entering, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, *geometry, x.dtype)
-        return _with_count(ctx, y, nonfinite)
+        entering, *_, nonfinite = entering_codes(x, x_scale, x_zero, x_bits)
+        y, seen, _ = RAW.packed_conv2d(
+            entering, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, *geometry, x.dtype, moments=moments
+        )
+        return _observed(ctx, y, nonfinite, seen if moments else None)
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx, grad, *_):
         x, words, scale, zero, x_scale, x_zero = ctx.saved_tensors
         bits, x_bits = ctx.widths
         needs = ctx.needs_input_grad
@@ -122,7 +123,7 @@ class PackedConv2d(torch.autograd.Function):
             dx = RAW.packed_conv2d_backward(grad, words, scale, zero, bits, list(x.shape), *ctx.geometry)
             dx, dx_scale = _through_codes((needs[0], *needs[1:7], needs[6]), dx, x, x_scale, x_zero, x_bits)
         dbias = grad.sum((0, 2, 3)) if needs[4] else None
-        return dx, None, None, None, dbias, None, dx_scale, *(None,) * 7
+        return dx, None, None, None, dbias, None, dx_scale, *(None,) * 8
 
 
 class QuantizedMatmul(torch.autograd.Function):
@@ -130,8 +131,8 @@ class QuantizedMatmul(torch.autograd.Function):
     def forward(ctx, a, b, a_scale, a_zero, b_scale, b_zero, a_bits, b_bits):
         ctx.save_for_backward(a, b, a_scale, a_zero, b_scale, b_zero)
         ctx.widths = (a_bits, b_bits)
-        left = _activation_codes(a, a_scale, a_zero, a_bits)[0].float() - a_zero
-        right = _activation_codes(b, b_scale, b_zero, b_bits)[0].float() - b_zero
+        left = entering_codes(a, a_scale, a_zero, a_bits)[0].float() - a_zero
+        right = entering_codes(b, b_scale, b_zero, b_bits)[0].float() - b_zero
         with without_autocast(a.device.type):
             sums = exact_product(torch.matmul, left, right, a.shape[-1], a_bits, b_bits)
             return (sums * (a_scale * b_scale)).to(a.dtype)
@@ -153,10 +154,15 @@ def _needed(needs, gradients):
     return tuple(g if needed else None for g, needed in zip(gradients, needs, strict=True))
 
 
-def _activation_codes(x, x_scale, x_zero, x_bits):
-    if x_scale is None:
-        return x, None
-    return RAW.quantize_codes(x, *_entering(x, x_scale, x_zero, x_bits))
+def entering_codes(x, x_scale, x_zero, x_bits, token=False):
+    """Give (what enters a packed product, its scale, its zero, the count of bad inputs); codes stay as they are."""
+    if token:
+        codes, x_scale, x_zero, _, nonfinite = RAW.activation_codes(x, None, None, x_bits, False, False)
+        return codes, x_scale, x_zero, nonfinite
+    if x_scale is None or x.dtype == torch.uint8:
+        return x, x_scale, x_zero, None
+    codes, nonfinite = RAW.quantize_codes(x, *_entering(x, x_scale, x_zero, x_bits))
+    return codes, x_scale, x_zero, nonfinite
 
 
 def _through_codes(needs, dx, x, x_scale, x_zero, x_bits):
@@ -174,7 +180,9 @@ def _entering(x, x_scale, x_zero, x_bits):
     return x_scale.unsqueeze(-1), x_zero.unsqueeze(-1), 0, qmax, None, x.shape[-1]
 
 
-def _with_count(ctx, y, nonfinite):
-    if nonfinite is not None:
-        ctx.mark_non_differentiable(nonfinite)
-    return y, nonfinite
+def _observed(ctx, y, *seen):
+    """Return `y` and what is seen beside it, which has no gradient."""
+    held = [t for t in seen if t is not None]
+    if held:
+        ctx.mark_non_differentiable(*held)
+    return y, *seen
