@@ -254,29 +254,31 @@ def refuses_backward(grad, words, scale, zero, bits, input_shape, kernel_size, s
 
 
 def launch_cpu(
-    x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, stride, padding, dilation, groups, dtype
-):
-    """Run the native kernel on activation codes, or on floats."""
-    geometry = kernel_size, stride, padding, dilation, groups
-    made = torch.float32 if x_scale is None else dtype
-    y = fake(x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, *geometry, made)
-    if y.numel() == 0:
-        return y.to(dtype)
+    x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, stride, padding, dilation, groups, dtype,
+    *end,
+):  # fmt: skip
+    """Run the native kernel on activation codes, or on floats; torch does what follows."""
+    geometry, end = (kernel_size, stride, padding, dilation, groups), Epilogue(*end)
+    made = torch.float32 if x_scale is None or end.transforms or end.moments else dtype
+    y = _output(x, words.shape[0], *geometry[:4], made)
     channels_last = not y.is_contiguous()
     weight = (words.contiguous(), scale.contiguous(), zero.contiguous())
     bias = None if bias is None else bias.float().contiguous()
     last = (y, _stored(words, bits, x.shape[1], *geometry), _flat(*geometry), channels_last)
-    if x_scale is None:
+    if y.numel() and x_scale is None:
         _native.packed_conv2d_floats(_innermost(x), *weight, bias, *last)
-        return y.to(dtype)
-    x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    _native.packed_conv2d(x, *weight, bias, x_scale, x_zero, *last)
-    return y
+    elif y.numel():
+        x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        _native.packed_conv2d(x, *weight, bias, x_scale, x_zero, *last)
+    y, *seen = finish(y, end, 1)
+    y = _output(x, words.shape[0], *geometry[:4], end.dtype(dtype)).copy_(y) if end.transforms else y.to(dtype)
+    return y, *seen
 
 
 def refuses_cpu(
-    x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, stride, padding, dilation, groups, dtype
-):
+    x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, stride, padding, dilation, groups, dtype,
+    *end,
+):  # fmt: skip
     """Say why the native kernel cannot run, or None."""
     geometry = kernel_size, stride, padding, dilation, groups
     if x_scale is None:

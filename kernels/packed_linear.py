@@ -240,10 +240,11 @@ def refuses_backward(grad, words, scale, zero, bits, group, k):
     return refuses_words(words, bits, 0, k)
 
 
-def launch_cpu(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits, dtype):
-    """Run the native kernel on activation codes, or on floats."""
-    m, k = math.prod(x.shape[:-1]), x.shape[-1]
-    y = x.new_empty((*x.shape[:-1], words.shape[0]), dtype=dtype)
+def launch_cpu(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits, dtype, *end):
+    """Run the native kernel on activation codes, or on floats; torch does what follows."""
+    m, k, end = math.prod(x.shape[:-1]), x.shape[-1], Epilogue(*end)
+    made = torch.float32 if end.transforms or end.moments else dtype
+    y = x.new_empty((*x.shape[:-1], words.shape[0]), dtype=made)
     if y.numel():
         weight = (words.contiguous(), scale.contiguous(), zero.contiguous())
         bias = None if bias is None else bias.float().contiguous()
@@ -252,10 +253,11 @@ def launch_cpu(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits
             _native.packed_linear_floats(_rows(x, m, k), *weight, bias, *last)
         else:
             _native.packed_linear(_rows(x, m, k), *weight, bias, x_scale.contiguous(), x_zero.contiguous(), *last)
-    return y
+    y, *seen = finish(y, end, -1)
+    return y.to(end.dtype(dtype)), *seen
 
 
-def refuses_cpu(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits, dtype):
+def refuses_cpu(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits, dtype, *end):
     """Say why the native kernel cannot run, or None."""
     k = x.shape[-1]
     if x_scale is None:

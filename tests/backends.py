@@ -49,8 +49,10 @@ def everywhere(op: str, *args) -> Iterator[tuple[str, object]]:
     """Yield (backend, output) for every implementation of `op` that does not refuse."""
     for implementation in dispatch.OPS[op].implementations:
         with dispatch.backend(implementation.name):
-            if implementation.refuses(*args) is None:
-                yield implementation.name, getattr(RAW, op)(*args)
+            serves = implementation.refuses(*args) is None
+            output = getattr(RAW, op)(*args) if serves else None
+        if serves:
+            yield implementation.name, output
 
 
 def assert_same(got: torch.Tensor, wanted: torch.Tensor):

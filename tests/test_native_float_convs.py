@@ -167,7 +167,7 @@ def test_layouts_dtypes_and_empty_batches_of_the_op():
     geometry = ([3, 3], [1, 1], [1, 1], [1, 1], 1)
 
     def op(x, dtype=torch.float32):
-        return pc.launch_cpu(x, words, scale, zero, bias, 4, None, None, 8, *geometry, dtype)
+        return pc.launch_cpu(x, words, scale, zero, bias, 4, None, None, 8, *geometry, dtype)[0]
 
     def back(grad):
         shape = [grad.shape[0], *x.shape[1:]]

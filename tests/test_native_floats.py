@@ -53,7 +53,7 @@ def assert_products(x, grad, codes, words, scale, zero, bias, bits, group=0):
     """Hold both products, on every level, against float64 and plain torch in the same dtype."""
     k = x.shape[1]
     weight, wide = weight64(codes, scale, zero, group), bias.double()
-    plain = pl.reference(x, words, scale, zero, bias, bits, group, None, None, 8, x.dtype)
+    plain = pl.reference(x, words, scale, zero, bias, bits, group, None, None, 8, x.dtype)[0]
     plain_dx = pl.reference_backward(grad, words, scale, zero, bits, group, k)
     terms, dx_terms = x.double().abs() @ weight.abs().T + wide.abs(), grad.double().abs() @ weight.abs()
     for level in LEVELS:
@@ -212,10 +212,10 @@ def test_gradients_that_torch_expands_and_empty_inputs():
         assert torch.equal(pl.launch_cpu_backward(view, words, scale, zero, 4, 0, 24), wanted)
     assert pl.launch_cpu_backward(grad[:0], words, scale, zero, 4, 0, 24).shape == (0, 24)
     empty = (None, 4, 0, None, None, 8, torch.float32)
-    assert pl.launch_cpu(torch.empty(2, 0, 24), words, scale, zero, *empty).shape == (2, 0, 6)
+    assert pl.launch_cpu(torch.empty(2, 0, 24), words, scale, zero, *empty)[0].shape == (2, 0, 6)
     nothing = cd.pack_reference(torch.empty(6, 0, dtype=torch.uint8), 4)
     bias = torch.randn(6, generator=random)
-    y = pl.launch_cpu(torch.empty(3, 0), nothing, scale, zero, bias, *empty[1:])
+    y = pl.launch_cpu(torch.empty(3, 0), nothing, scale, zero, bias, *empty[1:])[0]
     assert torch.equal(y, bias.expand(3, 6))
 
 

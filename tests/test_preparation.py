@@ -26,14 +26,14 @@ def test_prepare_changes_no_output_bit_and_not_the_caller(name, mode, recipe):
 
 @pytest.mark.parametrize("name", ["resnet", "vit"])
 def test_gradients_are_those_of_the_float_model(name):
-    model = BUILDERS[name]()
+    model = BUILDERS[name]().double()  # in float32 a BLAS may sum in another order where operands lie otherwise
     prepared = prepare(model)
-    x = input_of(name)
+    x = input_of(name).double()
     for net in (model, prepared):
         net(x).square().sum().backward()
     grads = dict(prepared.named_parameters())
     for key, p in model.named_parameters():
-        assert torch.equal(p.grad, grads[key].grad), key
+        assert (p.grad - grads[key].grad).abs().max() <= 1e-13 * p.grad.abs().max(), key
 
 
 def test_copies_share_nothing_and_in_place_everything():
