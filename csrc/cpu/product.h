@@ -53,13 +53,15 @@ struct Products {
   // of each. `sums` may be null.
   void (*arrange[3])(const uint8_t* codes, int64_t stride, int64_t count, int64_t channels, uint8_t* cells,
                      int64_t width, int32_t* sums);
+  // Lays out n codes by planes, `stream` bytes apart.
   void (*spread[3])(const uint8_t* codes, int64_t n, uint8_t* planes, int64_t stream);
-  void (*interleave)(const uint8_t* rows, int64_t stride, uint8_t* columns, int64_t column_stride);  // 16 x 16 bytes
+  // Turns sixteen rows of sixteen bytes into columns, and sixteen rows of dwords, each xored with `flipped`, into a panel.
+  void (*interleave)(const uint8_t* rows, int64_t stride, uint8_t* columns, int64_t column_stride);
   void (*transpose)(const uint8_t* const* rows, int64_t dwords, uint32_t flipped, uint32_t* panel);
   void (*widen)(const uint8_t* words, int64_t n, uint8_t* wide);  // codes of 3 bits to 4
   void (*finish[3])(const Finish& finish);                        // by enum ttaq_dtype
-  // Of a convolution of each channel by itself: lays out signed weights [taps][width], width a multiple of 64, for the
-  // second, in 2 * DEEPEST bytes an element; and the sums over taps of code * weight and of the codes, [width] each.
+  // Of a convolution of each channel by itself: lays out signed weights [taps][width], width a multiple of 64, as the
+  // second reads them, in [taps rounded up to 4][width]; and the sums over taps of code * weight and of codes, [width].
   void (*deepen)(const int8_t* weight, int64_t taps, int64_t width, int8_t* deep);
   void (*depthwise)(const uint8_t* cell, const int64_t* offsets, const int8_t* deep, int64_t taps, int64_t width,
                     int32_t* sums, int32_t* code_sums);
