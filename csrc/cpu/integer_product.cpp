@@ -40,11 +40,24 @@ void scatter(const uint8_t* rows_, int64_t outputs, int64_t rows, const int64_t*
 
 }  // namespace
 
+uint8_t* kept(Purpose purpose, int64_t bytes) {
+  static thread_local std::unique_ptr<uint8_t[]> memory[PURPOSES];
+  static thread_local int64_t size[PURPOSES];
+  if (size[purpose] < bytes) {
+    size[purpose] = 0;
+    memory[purpose].reset();
+    memory[purpose].reset(new uint8_t[size_t(bytes)]);
+    size[purpose] = bytes;
+    advise_huge_pages(memory[purpose].get(), bytes);
+  }
+  return memory[purpose].get();
+}
+
 Panels::Panels(const PackedWeight& weight, const Kernels& kernels, const Products& products, int threads)
     : per_group_(ceil_div(weight.outputs, LANES)),
       panels_(weight.groups * per_group_),
       size_(weight.taps * weight.dwords() * LANES),
-      words_(new uint32_t[size_t(panels_ * size_)]),
+      words_(reinterpret_cast<uint32_t*>(kept(FOR_PANELS, panels_ * size_ * 4))),
       shift_(size_t(weight.pieces * panels_ * LANES)),
       sum_(shift_.size()),
       scale_(shift_.size()) {
@@ -72,7 +85,7 @@ void Panels::fill(const PackedWeight& weight, const Kernels& kernels, const Prod
     rows[lane] = in_place && there ? row : aligned.data() + (in_place ? 0 : lane * bytes);
     if (!in_place && there) align_taps(weight, kernels, products, row, codes.data(), aligned.data() + lane * bytes);
   }
-  products.transpose(rows, bytes / 4, weight.bits == 8 ? 0x80808080u : 0, words_.get() + panel * size_);
+  products.transpose(rows, bytes / 4, weight.bits == 8 ? 0x80808080u : 0, words_ + panel * size_);
 }
 
 void Panels::add_up(const PackedWeight& weight, const Products& products, const uint8_t* ones, int64_t panel) {

@@ -32,6 +32,11 @@ struct PackedWeight {
   int64_t offset() const { return bits == 8 ? 128 : 0; }  // that a code loses to fit a signed byte
 };
 
+// Memory of the calling thread that stays for its next call, one for each purpose and no larger than the largest layer
+// needed: to fault in fresh pages costs more than to write what they hold.
+enum Purpose { FOR_PANELS, FOR_CELLS, PURPOSES };
+uint8_t* kept(Purpose purpose, int64_t bytes);
+
 // Where the inputs of a row lie behind its first cell: runs of `length` taps each.
 struct Runs {
   std::vector<int64_t> offsets;
@@ -43,7 +48,7 @@ class Panels {
  public:
   Panels(const PackedWeight& weight, const Kernels& kernels, const Products& products, int threads);
 
-  const uint32_t* words(int64_t panel) const { return words_.get() + panel * size_; }
+  const uint32_t* words(int64_t panel) const { return words_ + panel * size_; }
   int64_t size() const { return size_; }  // dwords of a panel
   int64_t per_group() const { return per_group_; }
   const int32_t* shift(int64_t piece, int64_t panel) const { return shift_.data() + at(piece, panel); }
@@ -56,7 +61,7 @@ class Panels {
   void add_up(const PackedWeight& weight, const Products& products, const uint8_t* ones, int64_t panel);
 
   int64_t per_group_, panels_, size_;
-  std::unique_ptr<uint32_t[]> words_;
+  uint32_t* words_;
   std::vector<int32_t> shift_, sum_;
   std::vector<float> scale_;
 };

@@ -37,7 +37,7 @@ class Cells {
         const Products& products, int threads)
       : x_(x), g_(g), channels_last_(channels_last), width_(width), plan_(plan), products_(products) {
     const int64_t lines = g.batch * g.groups * g.tall();
-    made_.reset(new uint8_t[size_t(lines * g.wide() * width)]);
+    made_ = kept(FOR_CELLS, lines * g.wide() * width);
     if (add_up) sums_.resize(size_t(lines * g.wide()), 0);
     const int64_t c = g.channels / g.groups;
     const std::vector<uint8_t> zeros(size_t(c), static_cast<uint8_t>(x_zero));
@@ -51,7 +51,7 @@ class Cells {
       }
     });
   }
-  const uint8_t* codes() const { return made_.get(); }
+  const uint8_t* codes() const { return made_; }
   const int32_t* sums() const { return sums_.data(); }
 
  private:
@@ -60,7 +60,7 @@ class Cells {
     if (line % g_.tall() % g_.stride_h > (g_.kernel_h - 1) * g_.step_h) return;  // no tap comes here
     const auto pad = [&](int64_t from, int64_t to) {
       for (int64_t w = from; w < to; ++w) {
-        memcpy(made_.get() + (line * g_.wide() + w) * width_, nothing, size_t(width_));
+        memcpy(made_ + (line * g_.wide() + w) * width_, nothing, size_t(width_));
         if (!sums_.empty()) sums_[size_t(line * g_.wide() + w)] = nothing_sum;
       }
     };
@@ -70,7 +70,7 @@ class Cells {
     const int64_t c = g_.channels / g_.groups, image = plane / g_.groups, group = plane % g_.groups;
     const auto arrange = [&](const uint8_t* codes, int64_t apart, int64_t w, int64_t n) {
       const int64_t cell = line * g_.wide() + g_.pad_w + w;
-      products_.arrange[plan_](codes, apart, n, c, made_.get() + cell * width_, width_,
+      products_.arrange[plan_](codes, apart, n, c, made_ + cell * width_, width_,
                                sums_.empty() ? nullptr : &sums_[size_t(cell)]);
     };
     if (channels_last_)
@@ -104,7 +104,7 @@ class Cells {
   const int64_t width_;
   const int plan_;
   const Products& products_;
-  std::unique_ptr<uint8_t[]> made_;
+  uint8_t* made_;
   std::vector<int32_t> sums_;
 };
 

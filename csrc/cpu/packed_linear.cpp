@@ -15,7 +15,7 @@ void by_panels(const PackedWeight& weight, const Kernels& kernels, const Product
   const Panels panels(weight, kernels, products, threads);
   const int64_t width = weight.cell_bytes(), k = weight.channels;
   const bool as_is = weight.planes() == 1 && width == k;
-  std::unique_ptr<uint8_t[]> made(as_is ? nullptr : new uint8_t[size_t(values.rows * width)]);
+  uint8_t* made = as_is ? nullptr : kept(FOR_CELLS, values.rows * width);
   std::vector<int32_t> sums(size_t(values.rows * weight.pieces), 0);
   parallel_for(values.rows, threads, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row)
@@ -23,10 +23,10 @@ void by_panels(const PackedWeight& weight, const Kernels& kernels, const Product
         sums[size_t(row * weight.pieces + piece)] =
             kernels.total(x + row * stride + k / weight.pieces * piece, k / weight.pieces);
     if (!as_is)
-      products.arrange[weight.planes() / 2](x + first * stride, stride, last - first, k, made.get() + first * width,
+      products.arrange[weight.planes() / 2](x + first * stride, stride, last - first, k, made + first * width,
                                             width, nullptr);
   });
-  const uint8_t* cells = as_is ? x : made.get();
+  const uint8_t* cells = as_is ? x : made;
   multiply(weight, panels, products, {{0}, 1}, values, threads,
            [&](int64_t, int64_t first, int rows, const uint8_t** at, int32_t* x_sums) {
              for (int i = 0; i < rows; ++i) {
