@@ -74,13 +74,10 @@ def build(path: Path) -> dict[str, int]:
 def _quantised():
     import timm
 
-    import ttaq
+    from .models import quantise
 
     torch.manual_seed(0)
-    model = timm.create_model(MODEL, pretrained=False).eval()
-    images = [torch.randn(1, 3, 224, 224) for _ in range(2)]
-    widths = ttaq.QuantSpec(4, "channel", observer="minmax"), ttaq.QuantSpec(8, observer="minmax")
-    return ttaq.quantize(model, images, ttaq.Recipe(*widths), method="rtn", progress=False)
+    return quantise(timm.create_model(MODEL, pretrained=False).eval())
 
 
 def _architecture():
@@ -105,7 +102,7 @@ def adapt_twin(path: Path) -> tuple[int, int]:
 def _adapted(make):
     import ttaq
 
-    torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))
+    _wake()
     zero = _resident()["VmRSS"]
     adapter = ttaq.adapt(make(), "tent", inplace=True)
     images = torch.randn(BATCH, 3, 224, 224)
@@ -122,7 +119,7 @@ def load(path: Path) -> dict[str, tuple[int, int]]:
     """Load and run the model; return (peak, resident afterwards) in bytes above import for each phase."""
     import ttaq
 
-    torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))  # wakes the thread pool and the BLAS library
+    _wake()
     model = _architecture()
     zero, phases = _resident()["VmRSS"], {}
 
@@ -153,6 +150,11 @@ def _fresh(step, path):
     if done.returncode:
         raise ValueError(f"bench memory: the step {step} failed with status {done.returncode}; see its error above")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _wake():
+    """Start the thread pool and the BLAS library, whose memory is nobody's model."""
+    torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))
 
 
 def _trim():

@@ -60,17 +60,20 @@ class Subject:
         )
 
 
-def build(name: str, bits: tuple[int, int] = (4, 8)) -> Subject:
-    """Build a network of timm with random weights, quantise it by rounding to nearest, and pack it."""
+def quantise(model: nn.Module) -> nn.Module:
+    """Round a model to W4A8, with the ranges of two random images."""
+    widths = ttaq.QuantSpec(4, "channel", observer="minmax"), ttaq.QuantSpec(8, observer="minmax")
+    images = [torch.randn(1, 3, 224, 224) for _ in range(2)]
+    return ttaq.quantize(model, images, ttaq.Recipe(*widths), method="rtn", progress=False)
+
+
+def build(name: str) -> Subject:
+    """Build a network of timm with random weights, quantise and pack it."""
     import timm
 
     torch.manual_seed(0)
     floating = timm.create_model(MODELS[name], pretrained=False).eval()
-    recipe = ttaq.Recipe(
-        ttaq.QuantSpec(bits[0], "channel", observer="minmax"), ttaq.QuantSpec(bits[1], observer="minmax")
-    )
-    images = [torch.randn(1, 3, 224, 224) for _ in range(2)]
-    quantised = ttaq.quantize(floating, images, recipe, method="rtn", progress=False).eval()
+    quantised = quantise(floating).eval()
     convolves = name in ("ResNet-50", "MobileNetV2")
     layout = torch.channels_last if convolves else torch.contiguous_format
     models = (m.to(memory_format=layout) for m in (floating, quantised, ttaq.pack(quantised)))

@@ -5,8 +5,6 @@ The canonical form is (outer, channels, inner): element (p, c, i) lies at ``(p *
 ``scale[c]``. csrc/ttaq_native.h states what each function computes.
 """
 
-import ctypes
-
 import torch
 from torch import Tensor
 
@@ -15,9 +13,8 @@ from ._library import BITS, DTYPES, KINDS, LEVELS, check, cpu_level, level_numbe
 __all__ = (
     "BITS", "DTYPES", "KINDS", "LEVELS", "activation_codes", "aligned_fake_quant", "aligned_fake_quant_backward",
     "cpu_level", "fake_quant", "fake_quant_backward", "library", "log2_codes", "log2_fake_quant",
-    "log2_fake_quant_backward", "pack_codes", "packed_conv2d", "packed_conv2d_backward", "packed_conv2d_floats",
-    "packed_linear", "packed_linear_backward", "packed_linear_floats", "perturbed_fake_quant",
-    "perturbed_fake_quant_backward", "quantize_codes", "reason", "soft_round", "soft_round_backward", "unpack_codes",
+    "log2_fake_quant_backward", "pack_codes", "perturbed_fake_quant", "perturbed_fake_quant_backward",
+    "quantize_codes", "reason", "soft_round", "soft_round_backward", "unpack_codes",
 )  # fmt: skip
 
 
@@ -265,135 +262,6 @@ def activation_codes(
             x.data_ptr(), x.stride(0), codes.data_ptr(), scale.data_ptr(), zero.data_ptr(),
             None if sums is None else sums.data_ptr(), nonfinite.data_ptr(), measure, scale.ndim > 0, packed,
             DTYPES[x.dtype], bits, *x.shape, threads(), level_number(level),
-        )
-    )  # fmt: skip
-
-
-def packed_linear(
-    x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, x_scale: Tensor, x_zero: Tensor,
-    y: Tensor, bits: int, group: int, level: str | None = None,
-) -> None:  # fmt: skip
-    """Write the linear layer of kernels/packed_linear.py on activation codes to `y`.
-
-    Args:
-        x: (m, k), uint8, elements of a row side by side.
-        words: (n, bytes), uint8, contiguous, and so scale, zero (int32), bias (float32).
-        x_scale: One element, float32, or (m,); x_zero: its shape, int32. Contiguous.
-        y: (m, n), float32, bfloat16 or float16; overwritten.
-        bits: That a code takes in `words`: 2, 3, 4 or 8.
-        group: Inputs that share a scale, whose words fill whole dwords; or 0.
-    """
-    check(
-        library("cpu").ttaq_cpu_packed_linear(
-            x.data_ptr(), x.stride(0), words.data_ptr(), scale.data_ptr(), zero.data_ptr(),
-            None if bias is None else bias.data_ptr(), x_scale.data_ptr(), x_zero.data_ptr(), x_scale.numel() > 1,
-            y.data_ptr(), DTYPES[y.dtype], bits, group, x.shape[0], words.shape[0], x.shape[1], threads(),
-            level_number(level),
-        )
-    )  # fmt: skip
-
-
-def packed_linear_floats(
-    x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, y: Tensor, bits: int, group: int,
-    level: str | None = None,
-) -> None:  # fmt: skip
-    """Write the linear layer of kernels/packed_linear.py on floats to `y`.
-
-    Args:
-        x: (m, k), float32, bfloat16 or float16, elements of a row side by side.
-        words: As for `packed_linear`, and so scale, zero, bias and bits.
-        y: (m, n), float32, bfloat16 or float16; overwritten.
-        group: Inputs that share a scale, or 0.
-    """
-    check(
-        library("cpu").ttaq_cpu_packed_linear_floats(
-            x.data_ptr(), x.stride(0), words.data_ptr(), scale.data_ptr(), zero.data_ptr(),
-            None if bias is None else bias.data_ptr(), y.data_ptr(), bits, group, x.shape[0], words.shape[0],
-            x.shape[1], DTYPES[x.dtype], DTYPES[y.dtype], threads(), level_number(level),
-        )
-    )  # fmt: skip
-
-
-def packed_linear_backward(
-    grad: Tensor, words: Tensor, scale: Tensor, zero: Tensor, dx: Tensor, bits: int, group: int,
-    level: str | None = None,
-) -> None:  # fmt: skip
-    """Write the gradient of the input of the linear layer to `dx`; the same bits for any number of threads.
-
-    Args:
-        grad: (m, n), float32, bfloat16 or float16, elements of a row side by side.
-        words: As for `packed_linear_floats`, and so scale, zero, bits and group.
-        dx: (m, k), dtype of `grad`; overwritten.
-    """
-    check(
-        library("cpu").ttaq_cpu_packed_linear_backward(
-            grad.data_ptr(), grad.stride(0), words.data_ptr(), scale.data_ptr(), zero.data_ptr(), dx.data_ptr(), bits,
-            group, *grad.shape, dx.shape[1], DTYPES[grad.dtype], threads(), level_number(level),
-        )
-    )  # fmt: skip
-
-
-def packed_conv2d(
-    x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, x_scale: Tensor, x_zero: Tensor,
-    y: Tensor, bits: int, geometry: tuple[int, ...], channels_last: bool, level: str | None = None,
-) -> None:  # fmt: skip
-    """Write the convolution of kernels/packed_conv2d.py on activation codes to `y`.
-
-    Args:
-        x: (B, C, H, W), uint8; contiguous, or channels innermost with `channels_last`, and so y, which is float32,
-            bfloat16 or float16 and overwritten.
-        words: (O, bytes), uint8, contiguous, and so scale, zero (int32), bias (float32).
-        x_scale: One element, float32; x_zero: one, int32.
-        bits: That a code takes in `words`: 2, 3, 4 or 8.
-        geometry: R, S, and down and across: stride, padding, dilation; groups.
-    """
-    shape = (*x.shape, *y.shape[1:], *geometry)
-    check(
-        library("cpu").ttaq_cpu_packed_conv2d(
-            x.data_ptr(), words.data_ptr(), scale.data_ptr(), zero.data_ptr(),
-            None if bias is None else bias.data_ptr(), x_scale.data_ptr(), x_zero.data_ptr(), y.data_ptr(),
-            DTYPES[y.dtype], bits, channels_last, (ctypes.c_int64 * len(shape))(*shape), threads(), level_number(level),
-        )
-    )  # fmt: skip
-
-
-def packed_conv2d_floats(
-    x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, y: Tensor, bits: int,
-    geometry: tuple[int, ...], channels_last: bool, level: str | None = None,
-) -> None:  # fmt: skip
-    """Write the convolution of kernels/packed_conv2d.py on floats to `y`.
-
-    Args:
-        x: (B, C, H, W), float32, channels innermost.
-        words: As for `packed_conv2d`, and so scale, zero, bias, bits and geometry.
-        y: (B, O, OH, OW), float32; contiguous, or channels innermost with `channels_last`; overwritten.
-    """
-    shape = (*x.shape, *y.shape[1:], *geometry)
-    check(
-        library("cpu").ttaq_cpu_packed_conv2d_floats(
-            x.data_ptr(), words.data_ptr(), scale.data_ptr(), zero.data_ptr(),
-            None if bias is None else bias.data_ptr(), y.data_ptr(), bits, channels_last,
-            (ctypes.c_int64 * len(shape))(*shape), threads(), level_number(level),
-        )
-    )  # fmt: skip
-
-
-def packed_conv2d_backward(
-    grad: Tensor, words: Tensor, scale: Tensor, zero: Tensor, dx: Tensor, bits: int, geometry: tuple[int, ...],
-    channels_last: bool, level: str | None = None,
-) -> None:  # fmt: skip
-    """Write the gradient of the input of the convolution to `dx`; the same bits for any number of threads.
-
-    Args:
-        grad: (B, O, OH, OW), float32, channels innermost.
-        words: As for `packed_conv2d`, and so scale, zero, bits and geometry.
-        dx: (B, C, H, W), float32; contiguous, or channels innermost with `channels_last`; overwritten.
-    """
-    shape = (*dx.shape, *grad.shape[1:], *geometry)
-    check(
-        library("cpu").ttaq_cpu_packed_conv2d_backward(
-            grad.data_ptr(), words.data_ptr(), scale.data_ptr(), zero.data_ptr(), dx.data_ptr(), bits, channels_last,
-            (ctypes.c_int64 * len(shape))(*shape), threads(), level_number(level),
         )
     )  # fmt: skip
 

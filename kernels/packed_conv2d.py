@@ -9,13 +9,13 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from . import _epilogue, _native
+from . import _epilogue, _native, _products
 from ._epilogue import Epilogue, finish, store_finished
 from ._operands import activation_operand, exact_sum, load_codes, weight_operand
 from ._taps import from_rows
 from ._tiles import gather_codes, without_autocast
 from ._triton import jit, tl, triton
-from .codes import PACKABLE, exact_product, refuses_sum, refuses_words, stored_codes, unpacked
+from .codes import exact_product, refuses_sum, refuses_words, stored_codes, unpacked
 
 NARROWEST = 16  # inputs of a group that the native kernel for floats takes
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -264,12 +264,12 @@ def launch_cpu(
     channels_last = not y.is_contiguous()
     weight = (words.contiguous(), scale.contiguous(), zero.contiguous())
     bias = None if bias is None else bias.float().contiguous()
-    last = (y, _stored(words, bits, x.shape[1], *geometry), _flat(*geometry), channels_last)
+    last = (y, _products.stored_bits(words, bits, _terms(x.shape[1], *geometry)), _flat(*geometry), channels_last)
     if y.numel() and x_scale is None:
-        _native.packed_conv2d_floats(_innermost(x), *weight, bias, *last)
+        _products.packed_conv2d_floats(_innermost(x), *weight, bias, *last)
     elif y.numel():
         x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-        _native.packed_conv2d(x, *weight, bias, x_scale, x_zero, *last)
+        _products.packed_conv2d(x, *weight, bias, x_scale, x_zero, *last)
     y, *seen = finish(y, end, 1)
     y = _output(x, words.shape[0], *geometry[:4], end.dtype(dtype)).copy_(y) if end.transforms else y.to(dtype)
     return y, *seen
@@ -280,12 +280,12 @@ def refuses_cpu(
     *end,
 ):  # fmt: skip
     """Say why the native kernel cannot run, or None."""
-    geometry = kernel_size, stride, padding, dilation, groups
-    if x_scale is None:
-        return _refuses_floats("x", x, words, bits, x.shape[1], *geometry)
-    if reason := _native.reason("cpu") or _refuses_stored(words, bits, x.shape[1], *geometry):
+    terms = _terms(x.shape[1], kernel_size, groups)
+    if reason := _products.refuses_words(words, bits, terms):
         return reason
-    return refuses_sum(x.shape[1] // groups * kernel_size[0] * kernel_size[1], bits, x_bits)
+    if x_scale is None:
+        return _products.refuses_floats("x", x) or _refuses_narrow(words, x.shape[1], groups)
+    return refuses_sum(terms, bits, x_bits)
 
 
 def launch_cpu_backward(grad, words, scale, zero, bits, input_shape, *geometry):
@@ -293,14 +293,15 @@ def launch_cpu_backward(grad, words, scale, zero, bits, input_shape, *geometry):
     dx = grad.new_empty(input_shape, dtype=torch.float32)
     if dx.numel():
         weight = (words.contiguous(), scale.contiguous(), zero.contiguous())
-        stored = _stored(words, bits, input_shape[1], *geometry)
-        _native.packed_conv2d_backward(_innermost(grad), *weight, dx, stored, _flat(*geometry), False)
+        stored = _products.stored_bits(words, bits, _terms(input_shape[1], *geometry))
+        _products.packed_conv2d_backward(_innermost(grad), *weight, dx, stored, _flat(*geometry), False)
     return dx.to(grad.dtype)
 
 
 def refuses_cpu_backward(grad, words, scale, zero, bits, input_shape, *geometry):
     """Say why the native kernel cannot run, or None."""
-    return _refuses_floats("grad", grad, words, bits, input_shape[1], *geometry)
+    reason = _products.refuses_floats("grad", grad) or _refuses_narrow(words, input_shape[1], geometry[-1])
+    return reason or _products.refuses_words(words, bits, _terms(input_shape[1], *geometry))
 
 
 def launch_unpacked(x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, *args):
@@ -330,23 +331,16 @@ def _flat(kernel_size, stride, padding, dilation, groups):
     return *kernel_size, *stride, *padding, *dilation, groups
 
 
-def _stored(words, bits, channels, kernel_size, stride, padding, dilation, groups):
-    """Give the bits that a code takes in the words."""
-    return 8 if words.shape[-1] == channels // groups * kernel_size[0] * kernel_size[1] else bits
+def _terms(channels, kernel_size, *geometry):
+    """Count the codes of a row of words."""
+    return channels // geometry[-1] * kernel_size[0] * kernel_size[1]
 
 
-def _refuses_stored(words, bits, channels, *geometry):
-    if _stored(words, bits, channels, *geometry) not in PACKABLE:
-        return f"the words hold {bits} bits a code; the kernel reads 2, 3, 4 and 8"
-
-
-def _refuses_floats(name, x, words, bits, channels, *geometry):
-    if x.dtype not in FLOATS:
-        return f"{name} is {x.dtype}; the kernel takes float16, bfloat16 and float32"
-    inputs, outputs = channels // geometry[-1], words.shape[0] // geometry[-1]
+def _refuses_narrow(words, channels, groups):
+    inputs, outputs = channels // groups, words.shape[0] // groups
     if inputs < NARROWEST and (inputs, outputs) != (1, 1):
         return f"{inputs} inputs a group leave vectors empty; below {NARROWEST} torch is faster on unpacked codes"
-    return _native.reason("cpu") or _refuses_stored(words, bits, channels, *geometry)
+    return None
 
 
 def _refuses_size(x, groups):

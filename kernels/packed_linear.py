@@ -10,12 +10,12 @@ import math
 import torch
 from torch.nn import functional as F
 
-from . import _epilogue, _native
+from . import _epilogue, _native, _products
 from ._epilogue import Epilogue, finish, store_finished
 from ._operands import activation_operand, exact_sum, load_codes, weight_operand
 from ._tiles import without_autocast
 from ._triton import jit, tl, triton
-from .codes import PACKABLE, exact_product, refuses_sum, refuses_words, stored_codes, unpacked
+from .codes import exact_product, refuses_sum, refuses_words, stored_codes, unpacked
 
 FLOAT32_REGISTERS = 200  # a ceiling that is named keeps ptxas from spilling a few registers to fit more warps
 
@@ -248,11 +248,11 @@ def launch_cpu(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits
     if y.numel():
         weight = (words.contiguous(), scale.contiguous(), zero.contiguous())
         bias = None if bias is None else bias.float().contiguous()
-        last = (y, _stored(words, bits, k), group)
+        last = (y, _products.stored_bits(words, bits, k), group)
         if x_scale is None:
-            _native.packed_linear_floats(_rows(x, m, k), *weight, bias, *last)
+            _products.packed_linear_floats(_rows(x, m, k), *weight, bias, *last)
         else:
-            _native.packed_linear(_rows(x, m, k), *weight, bias, x_scale.contiguous(), x_zero.contiguous(), *last)
+            _products.packed_linear(_rows(x, m, k), *weight, bias, x_scale.contiguous(), x_zero.contiguous(), *last)
     y, *seen = finish(y, end, -1)
     return y.to(end.dtype(dtype)), *seen
 
@@ -261,10 +261,10 @@ def refuses_cpu(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bit
     """Say why the native kernel cannot run, or None."""
     k = x.shape[-1]
     if x_scale is None:
-        return _refuses_floats("x", x, words, bits, k)
-    if reason := _native.reason("cpu") or _refuses_stored(words, bits, k):
+        return _products.refuses_floats("x", x) or _products.refuses_words(words, bits, k)
+    if reason := _products.refuses_words(words, bits, k):
         return reason
-    stored = _stored(words, bits, k)
+    stored = _products.stored_bits(words, bits, k)
     if group * (4 if stored == 3 else stored) % 32:
         return f"groups of {group} codes of {stored} bits start inside dwords of a panel; the kernel wants whole ones"
     return refuses_sum(group or k, bits, x_bits)
@@ -276,13 +276,15 @@ def launch_cpu_backward(grad, words, scale, zero, bits, group, k):
     dx = grad.new_empty((*grad.shape[:-1], k))
     if dx.numel():
         weight = (words.contiguous(), scale.contiguous(), zero.contiguous())
-        _native.packed_linear_backward(_rows(grad, m, n), *weight, dx.view(m, k), _stored(words, bits, k), group)
+        _products.packed_linear_backward(
+            _rows(grad, m, n), *weight, dx.view(m, k), _products.stored_bits(words, bits, k), group
+        )
     return dx
 
 
 def refuses_cpu_backward(grad, words, scale, zero, bits, group, k):
     """Say why the native kernel cannot run, or None."""
-    return _refuses_floats("grad", grad, words, bits, k)
+    return _products.refuses_floats("grad", grad) or _products.refuses_words(words, bits, k)
 
 
 def launch_unpacked(x, words, *args):
@@ -298,22 +300,6 @@ def launch_unpacked_backward(grad, words, scale, zero, bits, group, k):
 def refuses_unpacked(*args):
     """Say why the native kernel cannot unpack, or None."""
     return _native.reason("cpu")
-
-
-def _stored(words, bits, k):
-    """Give the bits that a code takes in the words."""
-    return 8 if words.shape[-1] == k else bits
-
-
-def _refuses_stored(words, bits, k):
-    if _stored(words, bits, k) not in PACKABLE:
-        return f"the words hold {bits} bits a code; the kernel reads 2, 3, 4 and 8"
-
-
-def _refuses_floats(name, x, words, bits, k):
-    if x.dtype not in _native.DTYPES:
-        return f"{name} is {x.dtype}; the kernel takes float16, bfloat16 and float32"
-    return _native.reason("cpu") or _refuses_stored(words, bits, k)
 
 
 def _rows(x, m, k):

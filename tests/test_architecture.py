@@ -48,7 +48,7 @@ BESIDE = {
     "report": {"evaluation"},
 }
 ONLY = {"dispatch": set(), "streams": {"spec", "streams"}}
-KERNELS_MAY = {"_epilogue", "_library", "_native", "_operands", "_taps", "_tiles", "_triton", "codes"}
+KERNELS_MAY = {"_epilogue", "_library", "_native", "_operands", "_products", "_taps", "_tiles", "_triton", "codes"}
 
 
 def imported(source, package):

@@ -12,7 +12,7 @@ from test_native_floats import assert_small
 from test_native_products import BITS, LEVELS, drawn_weight
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
-from ttaq.kernels import _native
+from ttaq.kernels import _native, _products
 from ttaq.kernels import packed_conv2d as pc
 
 # Input shape, outputs, kernel, stride, padding, dilation, groups.
@@ -49,13 +49,13 @@ def poisoned(shape, channels_last):
 
 def forward(x, words, scale, zero, bias, shape, bits, geometry, channels_last=False, level=None):
     y = poisoned(shape, channels_last)
-    _native.packed_conv2d_floats(innermost(x), words, scale, zero, bias, y, bits, geometry, channels_last, level)
+    _products.packed_conv2d_floats(innermost(x), words, scale, zero, bias, y, bits, geometry, channels_last, level)
     return y
 
 
 def backward(grad, words, scale, zero, shape, bits, geometry, channels_last=False, level=None):
     dx = poisoned(shape, channels_last)
-    _native.packed_conv2d_backward(innermost(grad), words, scale, zero, dx, bits, geometry, channels_last, level)
+    _products.packed_conv2d_backward(innermost(grad), words, scale, zero, dx, bits, geometry, channels_last, level)
     return dx
 
 

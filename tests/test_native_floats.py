@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_native_products import BITS, LEVELS, drawn_weight
-from ttaq.kernels import _native
+from ttaq.kernels import _native, _products
 from ttaq.kernels import codes as cd
 from ttaq.kernels import packed_linear as pl
 
@@ -23,13 +23,13 @@ pytestmark = pytest.mark.skipif(_native.library("cpu") is None, reason=str(_nati
 
 def forward(x, words, scale, zero, bias, bits, group=0, level=None, dtype=None):
     y = torch.full((len(x), len(words)), float("nan"), dtype=dtype or x.dtype)
-    _native.packed_linear_floats(x, words, scale, zero, bias, y, bits, group, level)
+    _products.packed_linear_floats(x, words, scale, zero, bias, y, bits, group, level)
     return y
 
 
 def backward(grad, words, scale, zero, k, bits, group=0, level=None):
     dx = torch.full((len(grad), k), float("nan"), dtype=grad.dtype)
-    _native.packed_linear_backward(grad, words, scale, zero, dx, bits, group, level)
+    _products.packed_linear_backward(grad, words, scale, zero, dx, bits, group, level)
     return dx
 
 

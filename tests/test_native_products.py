@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
-from ttaq.kernels import _native
+from ttaq.kernels import _native, _products
 from ttaq.kernels import codes as cd
 
 LEVELS = _native.LEVELS[: _native.LEVELS.index(_native.cpu_level() or "base") + 1]
@@ -41,7 +41,7 @@ def linear_law(x, codes, scale, zero, bias, x_scale, x_zero, group=0):
 
 def linear(x, words, scale, zero, bias, x_scale, x_zero, bits, group=0, level=None, dtype=torch.float32):
     y = torch.full((len(x), len(words)), float("nan"), dtype=dtype)
-    _native.packed_linear(x, words, scale, zero, bias, x_scale, x_zero, y, bits, group, level)
+    _products.packed_linear(x, words, scale, zero, bias, x_scale, x_zero, y, bits, group, level)
     return y
 
 
@@ -138,7 +138,7 @@ def check_convolution(case, bits, channels_last, seed=0):
     for level in LEVELS:
         y = torch.full(wanted.shape, float("nan")).contiguous(memory_format=memory)
         geometry = (*kernel, *stride, *padding, *dilation, groups)
-        _native.packed_conv2d(x, words, *rest, y, bits, geometry, channels_last, level)
+        _products.packed_conv2d(x, words, *rest, y, bits, geometry, channels_last, level)
         assert torch.equal(y, wanted), level
 
 

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <atomic>
 
-#include "../ttaq_native.h"
+#include "arguments.h"
 #include "kernels.h"
 #include "layout.h"
 #include "parallel.h"
@@ -32,10 +32,10 @@ int ttaq_cpu_activation_codes(const void* x, int64_t stride, uint8_t* codes, flo
                               int bits, int64_t rows, int64_t k, int threads, int level) {
   const Kernels* kernels = kernels_of(level);
   if (!kernels) return TTAQ_BAD_LEVEL;
-  if (dtype < TTAQ_FLOAT32 || dtype > TTAQ_FLOAT16) return TTAQ_BAD_DTYPE;
+  if (!is_float(dtype)) return TTAQ_BAD_DTYPE;
   if (bits < 2 || bits > 8 || (packed && !kernels->pack[bits])) return TTAQ_BAD_BITS;
   const Range range{0.0f, float((1 << bits) - 1)};
-  const int64_t width = dtype == TTAQ_FLOAT32 ? 4 : 2, bytes = packed ? ceil_div(k * bits, 8) : k;
+  const int64_t width = bytes_of(dtype), bytes = packed ? ceil_div(k * bits, 8) : k;
   const bool packs = packed && bits < 8;
   advise_huge_pages(codes, rows * bytes);
   std::atomic<int64_t> bad{0};

@@ -3,7 +3,7 @@
 #include <new>
 #include <vector>
 
-#include "../ttaq_native.h"
+#include "arguments.h"
 #include "kernels.h"
 #include "layout.h"
 #include "parallel.h"
@@ -19,10 +19,10 @@ struct Call {
   int64_t elements;
 
   int error() const {
-    if (dtype < TTAQ_FLOAT32 || dtype > TTAQ_FLOAT16) return TTAQ_BAD_DTYPE;
+    if (!is_float(dtype)) return TTAQ_BAD_DTYPE;
     return kernels ? TTAQ_OK : TTAQ_BAD_LEVEL;
   }
-  int64_t width() const { return dtype == TTAQ_FLOAT32 ? 4 : 2; }
+  int64_t width() const { return bytes_of(dtype); }
   const char* at(const void* start, int64_t i) const { return static_cast<const char*>(start) + i * width(); }
   char* at(void* start, int64_t i) const { return static_cast<char*>(start) + i * width(); }
 };

@@ -8,9 +8,9 @@ namespace {
 constexpr int64_t PIXELS = 72;  // of a task that gathers
 
 // Writes what output pixel `pixel` sees of a group, from element `first` to `last` of a row of weights; padding is 0.0.
-void gather(const FloatGeometry& g, const float* x, int64_t pixel, int64_t group, int64_t first, int64_t last,
+void gather(const Geometry& g, const float* x, int64_t pixel, int64_t group, int64_t first, int64_t last,
             float* out) {
-  const int64_t image = pixel / (g.out_height * g.out_width), line = pixel / g.out_width % g.out_height;
+  const int64_t image = pixel / g.out_pixels(), line = pixel / g.out_width % g.out_height;
   const int64_t top = line * g.stride_h - g.pad_h, left = pixel % g.out_width * g.stride_w - g.pad_w;
   const bool side_by_side = g.groups == 1 && g.step_w == 1;  // the taps of a line, in memory
   const int64_t taps = side_by_side ? g.kernel_w : 1, c = g.inputs(), run = taps * c;
@@ -31,19 +31,19 @@ void gather(const FloatGeometry& g, const float* x, int64_t pixel, int64_t group
 // The images with their padding around them: the taps of every output pixel then lie alike.
 class Padded {
  public:
-  Padded(const FloatGeometry& g, const float* x, bool wanted, int threads) : g_(g), first_(x) {
+  Padded(const Geometry& g, const float* x, bool wanted, int threads) : g_(g), first_(x) {
     if (!wanted || (!g.pad_h && !g.pad_w)) return;
-    const int64_t line = wide() * g.channels, margin = g.pad_w * g.channels, inner = g.width * g.channels;
-    copy_ = allocate(g.batch * tall() * line);
+    const int64_t line = g_.wide() * g.channels, margin = g.pad_w * g.channels, inner = g.width * g.channels;
+    copy_ = allocate(g.batch * g_.tall() * line);
     first_ = copy_.get();
-    parallel_for(g.batch * tall(), threads, [&](int64_t begin, int64_t end) {
+    parallel_for(g.batch * g_.tall(), threads, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         float* to = copy_.get() + i * line;
-        const int64_t h = i % tall() - g.pad_h;
+        const int64_t h = i % g_.tall() - g.pad_h;
         const bool inside = h >= 0 && h < g.height;
         std::fill_n(to, inside ? margin : line, 0.0f);
         if (!inside) continue;
-        memcpy(to + margin, x + (i / tall() * g.height + h) * inner, size_t(inner) * sizeof(float));
+        memcpy(to + margin, x + (i / g_.tall() * g.height + h) * inner, size_t(inner) * sizeof(float));
         std::fill_n(to + margin + inner, margin, 0.0f);
       }
     });
@@ -51,15 +51,13 @@ class Padded {
 
   // The first tap of an output pixel.
   const float* row(int64_t pixel, int64_t group) const {
-    const int64_t line = pixel / g_.out_width, at = line / g_.out_height * tall() + line % g_.out_height * g_.stride_h;
-    return first_ + (at * wide() + pixel % g_.out_width * g_.stride_w) * g_.channels + group * g_.inputs();
+    const int64_t line = pixel / g_.out_width;
+    const int64_t at = line / g_.out_height * g_.tall() + line % g_.out_height * g_.stride_h;
+    return first_ + (at * g_.wide() + pixel % g_.out_width * g_.stride_w) * g_.channels + group * g_.inputs();
   }
 
  private:
-  int64_t tall() const { return g_.height + 2 * g_.pad_h; }
-  int64_t wide() const { return g_.width + 2 * g_.pad_w; }
-
-  const FloatGeometry& g_;
+  const Geometry& g_;
   const float* first_;
   Floats copy_;
 };
@@ -69,16 +67,15 @@ struct RunsOfTaps {
   int64_t depth = 0, most = 0;  // of a run; runs of a tile
   std::vector<int64_t> offsets;
 
-  explicit RunsOfTaps(const FloatGeometry& g) {
+  explicit RunsOfTaps(const Geometry& g) {
     const int64_t taps = g.groups == 1 && g.step_w == 1 ? g.kernel_w : 1, run = taps * g.inputs();
     if (run % PADDING) return;
     int64_t pieces = ceil_div(run, DEPTH);
     while (run % (pieces * PADDING)) ++pieces;
     depth = run / pieces;
     most = DEPTH / depth;
-    const int64_t wide = g.width + 2 * g.pad_w;
     for (int64_t tap = 0; tap < g.taps(); tap += taps) {
-      const int64_t pixels = tap / g.kernel_w * g.step_h * wide + tap % g.kernel_w * g.step_w;
+      const int64_t pixels = tap / g.kernel_w * g.step_h * g.wide() + tap % g.kernel_w * g.step_w;
       for (int64_t piece = 0; piece < pieces; ++piece) offsets.push_back(pixels * g.channels + piece * depth);
     }
   }
@@ -119,10 +116,10 @@ void add_gathered(const Convolution& call, const Area& area, float* tile, float*
 }
 
 void convolve(const Convolution& call) {
-  const FloatGeometry& g = call.g;
+  const Geometry& g = call.g;
   const RunsOfTaps runs(g);
   const Padded images(g, call.source, runs.depth > 0, call.threads);
-  const Parts pixels(g.out_pixels(), runs.depth ? MOST_ROWS : PIXELS, 1);
+  const Parts pixels(g.batch * g.out_pixels(), runs.depth ? MOST_ROWS : PIXELS, 1);
   const Parts outputs(g.group_outputs(), OUTPUTS, TOGETHER);
   const int64_t down = g.groups * outputs.count;
   parallel_for(pixels.count * down, call.threads, [&](int64_t begin, int64_t end) {
@@ -152,7 +149,7 @@ void convolve(const Convolution& call) {
 struct Phase {
   int64_t top, left, lines, columns;
 
-  Phase(const FloatGeometry& g, int64_t top_, int64_t left_) : top(top_), left(left_) {
+  Phase(const Geometry& g, int64_t top_, int64_t left_) : top(top_), left(left_) {
     lines = ceil_div(std::max<int64_t>(0, g.height - top), g.stride_h);
     columns = ceil_div(std::max<int64_t>(0, g.width - left), g.stride_w);
   }
@@ -163,7 +160,7 @@ struct Task {
   int64_t first, m;
 };
 
-std::vector<Task> tasks_of(const FloatGeometry& g) {
+std::vector<Task> tasks_of(const Geometry& g) {
   std::vector<Task> tasks;
   for (int64_t top = 0; top < g.stride_h; ++top)
     for (int64_t left = 0; left < g.stride_w; ++left) {
@@ -177,7 +174,7 @@ std::vector<Task> tasks_of(const FloatGeometry& g) {
 
 // A block of input pixels against a panel of inputs of a group.
 void gather_panel(const Convolution& call, const Task& task, int64_t group, int64_t input, const float* nothing) {
-  const FloatGeometry& g = call.g;
+  const Geometry& g = call.g;
   alignas(64) float tile[LINES * PANEL], sums[MOST_ROWS * PANEL];
   const float* rows[MOST_ROWS];
   int64_t pixel[MOST_ROWS], image[MOST_ROWS], h[MOST_ROWS], w[MOST_ROWS];
@@ -209,7 +206,7 @@ void gather_panel(const Convolution& call, const Task& task, int64_t group, int6
 }
 
 void convolve_back(const Convolution& call) {
-  const FloatGeometry& g = call.g;
+  const Geometry& g = call.g;
   const std::vector<Task> tasks = tasks_of(g);
   const std::vector<float> nothing(size_t(g.group_outputs()), 0.0f);
   const int64_t panels = ceil_div(g.inputs(), PANEL), each = g.groups * panels;
@@ -241,7 +238,7 @@ int ttaq_cpu_packed_conv2d_floats(const float* x, const uint8_t* words, const fl
                                   int threads, int level) {
   Convolution call;
   if (const int error = resolve(call, x, words, scale, zero, bias, bits, geometry, threads, level)) return error;
-  call.target = {y, call.g.outputs, call.g.out_height * call.g.out_width, channels_last != 0};
+  call.target = {y, call.g.outputs, call.g.out_pixels(), channels_last != 0};
   try {
     call.g.alone() ? convolve_alone(call) : convolve(call);
   } catch (const std::bad_alloc&) {
@@ -255,7 +252,7 @@ int ttaq_cpu_packed_conv2d_backward(const float* grad, const uint8_t* words, con
                                     int level) {
   Convolution call;
   if (const int error = resolve(call, grad, words, scale, zero, nullptr, bits, geometry, threads, level)) return error;
-  call.target = {dx, call.g.channels, call.g.height * call.g.width, channels_last != 0};
+  call.target = {dx, call.g.channels, call.g.pixels(), channels_last != 0};
   try {
     call.g.alone() ? convolve_alone_back(call) : convolve_back(call);
   } catch (const std::bad_alloc&) {

@@ -4,20 +4,9 @@
 #include <string.h>
 
 #include "float_product.h"
+#include "geometry.h"
 
 namespace ttaq {
-
-struct FloatGeometry {
-  int64_t batch, channels, height, width, outputs, out_height, out_width;
-  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, step_h, step_w, groups;
-
-  int64_t taps() const { return kernel_h * kernel_w; }
-  int64_t inputs() const { return channels / groups; }  // of a group
-  int64_t group_outputs() const { return outputs / groups; }
-  int64_t pixels() const { return batch * height * width; }
-  int64_t out_pixels() const { return batch * out_height * out_width; }
-  bool alone() const { return inputs() == 1 && group_outputs() == 1; }
-};
 
 // Images of float32 that are written; their pixels are numbered through.
 struct Images {
@@ -44,7 +33,7 @@ struct Images {
 
 struct Convolution {
   const FloatKernels* kernels;
-  FloatGeometry g;
+  Geometry g;
   Weights weights;
   int bits;
   const float *source, *bias;

@@ -11,7 +11,7 @@ constexpr int64_t ALONE = 256;  // and its channels at most
 struct Meeting {
   std::vector<const float*> values, weights;
 
-  explicit Meeting(const FloatGeometry& g) {
+  explicit Meeting(const Geometry& g) {
     values.reserve(size_t(g.taps()));
     weights.reserve(size_t(g.taps()));
   }
@@ -26,7 +26,7 @@ struct Meeting {
 };
 
 void meet_forward(const Convolution& call, int64_t pixel, int64_t channel, const float* weights, Meeting& meeting) {
-  const FloatGeometry& g = call.g;
+  const Geometry& g = call.g;
   const int64_t line = pixel / g.out_width, image = line / g.out_height;
   const int64_t top = line % g.out_height * g.stride_h - g.pad_h, left = pixel % g.out_width * g.stride_w - g.pad_w;
   for (int64_t r = 0; r < g.kernel_h; ++r) {
@@ -40,7 +40,7 @@ void meet_forward(const Convolution& call, int64_t pixel, int64_t channel, const
 }
 
 void meet_back(const Convolution& call, int64_t pixel, int64_t channel, const float* weights, Meeting& meeting) {
-  const FloatGeometry& g = call.g;
+  const Geometry& g = call.g;
   const int64_t line = pixel / g.width, image = line / g.height, h = line % g.height, w = pixel % g.width;
   for (int64_t r = 0; r < g.kernel_h; ++r) {
     const int64_t y = reached(h, g.pad_h, r * g.step_h, g.stride_h, g.out_height);
@@ -56,7 +56,7 @@ void meet_back(const Convolution& call, int64_t pixel, int64_t channel, const fl
 // Adds up, in each pixel, the values that meet there.
 template <class Meet>
 void add_up(const Convolution& call, int64_t pixels, const Meet& meet) {
-  const FloatGeometry& g = call.g;
+  const Geometry& g = call.g;
   const Parts blocks(pixels, PIXELS, 1), channels(g.channels, ALONE, 1);
   const int64_t taps = g.taps(), row = padded(taps);
   parallel_for(blocks.count * channels.count, call.threads, [&](int64_t begin, int64_t end) {
@@ -86,8 +86,8 @@ void add_up(const Convolution& call, int64_t pixels, const Meet& meet) {
 
 }  // namespace
 
-void convolve_alone(const Convolution& call) { add_up(call, call.g.out_pixels(), meet_forward); }
+void convolve_alone(const Convolution& call) { add_up(call, call.g.batch * call.g.out_pixels(), meet_forward); }
 
-void convolve_alone_back(const Convolution& call) { add_up(call, call.g.pixels(), meet_back); }
+void convolve_alone_back(const Convolution& call) { add_up(call, call.g.batch * call.g.pixels(), meet_back); }
 
 }  // namespace ttaq

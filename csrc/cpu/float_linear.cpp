@@ -7,8 +7,6 @@ namespace {
 
 constexpr int64_t CODE_TASK = 32;  // rows of codes of a task
 
-int width(int dtype) { return dtype == TTAQ_FLOAT32 ? 4 : 2; }
-
 // Rows of float32, with zeros behind up to a multiple of `unit`: the caller's where they are that, else a copy.
 class Rows {
  public:
@@ -22,7 +20,7 @@ class Rows {
     first_ = to;
     parallel_for(m, threads, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        kernels.widen[dtype](static_cast<const char*>(x) + row * stride * width(dtype), k, to + row * stride_);
+        kernels.widen[dtype](static_cast<const char*>(x) + row * stride * bytes_of(dtype), k, to + row * stride_);
         std::fill(to + row * stride_ + k, to + (row + 1) * stride_, 0.0f);
       }
     });
@@ -51,7 +49,7 @@ struct Call {
 
   // Writes n values to row `row` of y, `width_of_row` long, from `column` on.
   void write(const float* values, int64_t n, int64_t row, int64_t column, int64_t width_of_row) const {
-    kernels->narrow[y_dtype](values, n, static_cast<char*>(y) + (row * width_of_row + column) * width(y_dtype));
+    kernels->narrow[y_dtype](values, n, static_cast<char*>(y) + (row * width_of_row + column) * bytes_of(y_dtype));
   }
 };
 

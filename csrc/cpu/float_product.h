@@ -5,7 +5,7 @@
 #include <memory>
 #include <new>
 
-#include "../ttaq_native.h"
+#include "arguments.h"
 #include "float_kernels.h"
 #include "kernels.h"
 #include "layout.h"
@@ -56,8 +56,6 @@ inline int find(const FloatKernels** kernels, int level, int bits) {
   *kernels = all->floats;
   return bits < 2 || bits > 8 || !all->floats->dequantise[bits] ? TTAQ_BAD_BITS : TTAQ_OK;
 }
-
-inline bool is_float(int dtype) { return dtype >= TTAQ_FLOAT32 && dtype <= TTAQ_FLOAT16; }
 
 // sums[i][0 .. n) += what the runs of row i hold, times the columns [column, column + depth) of the weights of outputs
 // [output, output + n): n <= OUTPUTS, depth <= DEPTH, which the runs fill up to a multiple of PADDING. `tile`:

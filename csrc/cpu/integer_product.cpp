@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-#include "../ttaq_native.h"
+#include "arguments.h"
 
 namespace ttaq {
 namespace {
@@ -63,7 +63,8 @@ Panels::Panels(const PackedWeight& weight, const Kernels& kernels, const Product
       scale_(shift_.size()) {
   std::vector<uint8_t> ones(size_t(weight.cell_bytes()));
   const std::vector<uint8_t> codes(size_t(weight.channels), 1);
-  products.arrange[weight.planes() / 2](codes.data(), 0, 1, weight.channels, ones.data(), weight.cell_bytes(), nullptr);
+  products.arrange[weight.planes() / 2](codes.data(), 0, 1, weight.channels, ones.data(), weight.cell_bytes(),
+                                        nullptr);
   parallel_for(panels_, threads, [&](int64_t first, int64_t last) {
     for (int64_t panel = first; panel < last; ++panel) {
       fill(weight, kernels, products, panel);
@@ -106,13 +107,13 @@ void Panels::add_up(const PackedWeight& weight, const Products& products, const 
   }
 }
 
-void write_tile(const PackedWeight& weight, const Panels& panels, const Products& products, const Runs& runs,
+void write_tile(const PackedWeight& weight, const Panels& panels, const Products& products, const CellRuns& runs,
                 const Values& v, int64_t group, int64_t panel, int wide, int64_t first, int rows,
                 const uint8_t* const* cells, const int32_t* x_sums) {
   constexpr int64_t ROW = MOST_PANELS * LANES;
   const int64_t at = group * panels.per_group() + panel, dwords = weight.dwords() / weight.pieces;
   const int outputs = int(std::min<int64_t>(wide * LANES, weight.outputs - panel * LANES));
-  const int64_t size = v.dtype == TTAQ_FLOAT32 ? 4 : 2, output = group * weight.outputs + panel * LANES;
+  const int64_t size = bytes_of(v.dtype), output = group * weight.outputs + panel * LANES;
   int32_t sums[MOST_ROWS * ROW], x_zero[MOST_ROWS];
   float values[MOST_ROWS * ROW], x_scale[MOST_ROWS];
   uint8_t scratch[MOST_ROWS * ROW * 4];
@@ -130,7 +131,8 @@ void write_tile(const PackedWeight& weight, const Panels& panels, const Products
       for (int i = 0; i < rows; ++i) moved[i] = cells[i] + piece * dwords * 4 * weight.planes();
     }
     products.integer[weight.planes() / 2][rows - 1][wide - 1](
-        {piece ? moved : cells, runs.offsets.data(), int64_t(runs.offsets.size()), runs.length * dwords, panels.words(at) + piece * dwords * LANES, panels.size(), sums});
+        {piece ? moved : cells, runs.offsets.data(), int64_t(runs.offsets.size()), runs.length * dwords,
+         panels.words(at) + piece * dwords * LANES, panels.size(), sums});
     products.finish[v.dtype]({sums, rows, outputs, panels.shift(piece, at), panels.sum(piece, at),
                               panels.scale(piece, at), v.bias ? v.bias + output : nullptr, x_sums + piece * rows,
                               x_zero, x_scale, values, y, piece == 0, piece + 1 == weight.pieces});

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "kernels.h"
@@ -38,7 +39,7 @@ enum Purpose { FOR_PANELS, FOR_CELLS, PURPOSES };
 uint8_t* kept(Purpose purpose, int64_t bytes);
 
 // Where the inputs of a row lie behind its first cell: runs of `length` taps each.
-struct Runs {
+struct CellRuns {
   std::vector<int64_t> offsets;
   int64_t length;
 };
@@ -81,14 +82,14 @@ struct Values {
 constexpr int64_t TOGETHER = 8;  // blocks of rows that share a look at the weight
 
 // Writes the values of one tile; `cells` and `x_sums` are those of `rows` rows from `first` on.
-void write_tile(const PackedWeight& weight, const Panels& panels, const Products& products, const Runs& runs,
+void write_tile(const PackedWeight& weight, const Panels& panels, const Products& products, const CellRuns& runs,
                 const Values& values, int64_t group, int64_t panel, int wide, int64_t first, int rows,
                 const uint8_t* const* cells, const int32_t* x_sums);
 
-// Calls gather(group, row, rows, cells, x_sums) for blocks of rows, which writes the first cell of each and [pieces][rows]
-// sums, and multiplies each with all outputs of the group.
+// Calls gather(group, row, rows, cells, x_sums) for blocks of rows, which writes the first cell of each and
+// [pieces][rows] sums, and multiplies each with all outputs of the group.
 template <class Gather>
-void multiply(const PackedWeight& weight, const Panels& panels, const Products& products, const Runs& runs,
+void multiply(const PackedWeight& weight, const Panels& panels, const Products& products, const CellRuns& runs,
               const Values& values, int threads, const Gather& gather) {
   if (values.rows == 0) return;
   const int64_t blocks = ceil_div(values.rows, products.rows), supers = ceil_div(blocks, TOGETHER);

@@ -4,7 +4,7 @@
 #include <new>
 #include <vector>
 
-#include "../ttaq_native.h"
+#include "arguments.h"
 #include "kernels.h"
 #include "layout.h"
 #include "parallel.h"
@@ -13,7 +13,7 @@ namespace ttaq {
 namespace {
 
 int error_of(int roots, int dtype, int qmax, int level) {
-  if (dtype < TTAQ_FLOAT32 || dtype > TTAQ_FLOAT16) return TTAQ_BAD_DTYPE;
+  if (!is_float(dtype)) return TTAQ_BAD_DTYPE;
   if (roots < 1 || roots > 2 || qmax < 1 || qmax > 63) return TTAQ_BAD_ROOTS;
   return kernels_of(level) ? TTAQ_OK : TTAQ_BAD_LEVEL;
 }
@@ -37,7 +37,7 @@ using namespace ttaq;
 int ttaq_cpu_log2_fake_quant(const void* x, void* y, const float* scale, int dtype, int qmax, int roots, int64_t n,
                              int threads, int level) {
   if (const int error = error_of(roots, dtype, qmax, level)) return error;
-  const int64_t width = dtype == TTAQ_FLOAT32 ? 4 : 2;
+  const int64_t width = bytes_of(dtype);
   advise_huge_pages(y, n * width);
   const auto loop = kernels_of(level)->log2_forward[roots - 1][dtype];
   for_each_task(n, threads, [&](int64_t, int64_t start, int64_t size) {
@@ -49,7 +49,7 @@ int ttaq_cpu_log2_fake_quant(const void* x, void* y, const float* scale, int dty
 int ttaq_cpu_log2_codes(const void* x, uint8_t* codes, const float* scale, int32_t* nonfinite, int dtype, int qmax,
                         int roots, int64_t n, int threads, int level) {
   if (const int error = error_of(roots, dtype, qmax, level)) return error;
-  const int64_t width = dtype == TTAQ_FLOAT32 ? 4 : 2;
+  const int64_t width = bytes_of(dtype);
   std::atomic<int64_t> found{0};
   const auto loop = kernels_of(level)->log2_codes[roots - 1][dtype];
   for_each_task(n, threads, [&](int64_t, int64_t start, int64_t size) {
@@ -62,7 +62,7 @@ int ttaq_cpu_log2_codes(const void* x, uint8_t* codes, const float* scale, int32
 int ttaq_cpu_log2_fake_quant_backward(const void* grad, const void* x, void* dx, const float* scale, float* dscale,
                                       int dtype, int qmax, int roots, int64_t n, int threads, int level) {
   if (const int error = error_of(roots, dtype, qmax, level)) return error;
-  const int64_t width = dtype == TTAQ_FLOAT32 ? 4 : 2;
+  const int64_t width = bytes_of(dtype);
   try {
     std::vector<double> part(size_t(ceil_div(n, TASK)), 0.0);
     advise_huge_pages(dx, n * width);

@@ -1,13 +1,11 @@
 // Packing codes into words and back: threads around the loops of kernels.cpp.
-#include "../ttaq_native.h"
+#include "arguments.h"
 #include "kernels.h"
 #include "layout.h"
 #include "parallel.h"
 
 namespace ttaq {
 namespace {
-
-bool has_width(int bits) { return bits == 2 || bits == 3 || bits == 4 || bits == 8; }
 
 // Calls body(first code, first byte, codes) for pieces of rows. Rows without padding are one long row; it is cut where
 // eight codes end, which is where a byte ends for every width.

@@ -2,30 +2,20 @@
 // over taps where every channel is convolved by itself.
 #include <string.h>
 
-#include "../ttaq_native.h"
+#include "arguments.h"
+#include "geometry.h"
 #include "integer_product.h"
 
 namespace ttaq {
 namespace {
 
-struct Geometry {
-  int64_t batch, channels, height, width, outputs, out_height, out_width;
-  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, step_h, step_w, groups;
-
-  int64_t taps() const { return kernel_h * kernel_w; }
-  int64_t pixels() const { return height * width; }
-  int64_t out_pixels() const { return out_height * out_width; }
-  int64_t tall() const { return height + 2 * pad_h; }
-  int64_t wide() const { return width + 2 * pad_w; }
-
-  // The cell of the first tap of row `m`, and how far behind it tap (r, s) lies.
-  int64_t cell(int64_t group, int64_t m) const {
-    const int64_t image = m / out_pixels(), pixel = m % out_pixels();
-    const int64_t line = (image * groups + group) * tall() + pixel / out_width * stride_h;
-    return line * wide() + pixel % out_width * stride_w;
-  }
-  int64_t behind(int64_t r, int64_t s) const { return r * step_h * wide() + s * step_w; }
-};
+// The cell of the first tap of row `m`, and how far behind it tap (r, s) lies.
+int64_t cell_of(const Geometry& g, int64_t group, int64_t m) {
+  const int64_t image = m / g.out_pixels(), pixel = m % g.out_pixels();
+  const int64_t line = (image * g.groups + group) * g.tall() + pixel / g.out_width * g.stride_h;
+  return line * g.wide() + pixel % g.out_width * g.stride_w;
+}
+int64_t behind(const Geometry& g, int64_t r, int64_t s) { return r * g.step_h * g.wide() + s * g.step_w; }
 
 constexpr int64_t STRIP = 16;  // pixels of a line that are looked at together
 
@@ -39,7 +29,7 @@ class Cells {
     const int64_t lines = g.batch * g.groups * g.tall();
     made_ = kept(FOR_CELLS, lines * g.wide() * width);
     if (add_up) sums_.resize(size_t(lines * g.wide()), 0);
-    const int64_t c = g.channels / g.groups;
+    const int64_t c = g.inputs();
     const std::vector<uint8_t> zeros(size_t(c), static_cast<uint8_t>(x_zero));
     std::vector<uint8_t> nothing(size_t(width), 0);
     products.arrange[plan](zeros.data(), 0, 1, c, nothing.data(), width, nullptr);
@@ -67,7 +57,7 @@ class Cells {
     if (h < 0 || h >= g_.height) return pad(0, g_.wide());
     pad(0, g_.pad_w);
     pad(g_.pad_w + g_.width, g_.wide());
-    const int64_t c = g_.channels / g_.groups, image = plane / g_.groups, group = plane % g_.groups;
+    const int64_t c = g_.inputs(), image = plane / g_.groups, group = plane % g_.groups;
     const auto arrange = [&](const uint8_t* codes, int64_t apart, int64_t w, int64_t n) {
       const int64_t cell = line * g_.wide() + g_.pad_w + w;
       products_.arrange[plan_](codes, apart, n, c, made_ + cell * width_, width_,
@@ -89,7 +79,7 @@ class Cells {
 
   // Brings the channels of n pixels side by side.
   void gather(int64_t plane, int64_t pixel, int64_t n, uint8_t* strip) const {
-    const int64_t c = g_.channels / g_.groups, apart = c + 16;
+    const int64_t c = g_.inputs(), apart = c + 16;
     const uint8_t* from = x_ + plane * g_.pixels() + pixel;
     int64_t first = 0;
     for (; n == STRIP && first + 16 <= c; first += 16)
@@ -113,16 +103,16 @@ void by_panels(const PackedWeight& weight, const Kernels& kernels, const Product
   const Panels panels(weight, kernels, products, threads);
   const int64_t width = weight.cell_bytes();
   const bool side_by_side = g.step_w == 1;  // the taps of a line are one run
-  Runs runs{{}, side_by_side ? g.kernel_w : 1};
+  CellRuns runs{{}, side_by_side ? g.kernel_w : 1};
   std::vector<int64_t> lines;
   for (int64_t r = 0; r < g.kernel_h; ++r) {
-    lines.push_back(g.behind(r, 0));
-    for (int64_t s = 0; s < (side_by_side ? 1 : g.kernel_w); ++s) runs.offsets.push_back(g.behind(r, s) * width);
+    lines.push_back(behind(g, r, 0));
+    for (int64_t s = 0; s < (side_by_side ? 1 : g.kernel_w); ++s) runs.offsets.push_back(behind(g, r, s) * width);
   }
   multiply(weight, panels, products, runs, values, threads,
            [&](int64_t group, int64_t first, int rows, const uint8_t** at, int32_t* x_sums) {
              for (int i = 0; i < rows; ++i) {
-               const int64_t cell = g.cell(group, first + i);
+               const int64_t cell = cell_of(g, group, first + i);
                at[i] = cells.codes() + cell * width;
                x_sums[i] = 0;
                for (const int64_t line : lines) x_sums[i] += cells.sums()[cell + line];
@@ -156,13 +146,13 @@ void depthwise(const PackedWeight& weight, const Kernels& kernels, const Product
   const Deep deep(weight, kernels, products, width);
   std::vector<int64_t> offsets;
   for (int64_t r = 0; r < g.kernel_h; ++r)
-    for (int64_t s = 0; s < g.kernel_w; ++s) offsets.push_back(g.behind(r, s) * width);
-  const int64_t size = values.dtype == TTAQ_FLOAT32 ? 4 : 2;
+    for (int64_t s = 0; s < g.kernel_w; ++s) offsets.push_back(behind(g, r, s) * width);
+  const int64_t size = bytes_of(values.dtype);
   parallel_for(values.rows, threads, [&](int64_t first, int64_t last) {
     std::vector<int32_t> sums(size_t(2 * width), 0);
     std::vector<uint8_t> row(size_t(values.output == 1 ? 0 : g.channels * size));
     for (int64_t m = first; m < last; ++m) {
-      products.depthwise(codes + g.cell(0, m) * width, offsets.data(), deep.weights.data(), g.taps(), width,
+      products.depthwise(codes + cell_of(g, 0, m) * width, offsets.data(), deep.weights.data(), g.taps(), width,
                          sums.data(), sums.data() + width);
       const int64_t start = m / values.pixels * values.image + m % values.pixels * values.pixel;
       uint8_t* y = static_cast<uint8_t*>(values.y) + start * size;
@@ -192,26 +182,28 @@ int ttaq_cpu_packed_conv2d(const uint8_t* x, const uint8_t* words, const float* 
   const Kernels* kernels = kernels_of(level);
   const Products* products = products_of(level);
   if (!kernels || !products) return TTAQ_BAD_LEVEL;
-  if (dtype < TTAQ_FLOAT32 || dtype > TTAQ_FLOAT16) return TTAQ_BAD_DTYPE;
-  if (bits != 2 && bits != 3 && bits != 4 && bits != 8) return TTAQ_BAD_BITS;
+  if (!is_float(dtype)) return TTAQ_BAD_DTYPE;
+  if (!has_width(bits)) return TTAQ_BAD_BITS;
   Geometry g;
   memcpy(&g, geometry, sizeof g);
-  const int64_t per_group = g.channels / g.groups;
-  const bool alone = g.groups == g.channels && g.outputs == g.channels && g.channels > 1;
-  const PackedWeight weight{words, ceil_div(g.taps() * per_group * bits, 8), bits, panel_bits(bits, per_group),
-                            g.groups, g.outputs / g.groups, g.taps(), per_group, 1, scale, zero};
+  const PackedWeight weight{words, ceil_div(g.taps() * g.inputs() * bits, 8), bits, panel_bits(bits, g.inputs()),
+                            g.groups, g.group_outputs(), g.taps(), g.inputs(), 1, scale, zero};
   const Values values{x_scale, x_zero, false, bias, y, dtype, g.batch * g.out_pixels(), g.out_pixels(),
                       g.outputs * g.out_pixels(), channels_last ? g.outputs : 1, channels_last ? 1 : g.out_pixels()};
-  if (alone) {  // cells of all channels
-    Geometry whole = g;
-    whole.groups = 1;
-    const int64_t width = ceil_div(g.channels, 64) * 64;
-    const Cells cells(x, whole, channels_last != 0, x_zero[0], width, 0, false, *products, threads);
-    depthwise(weight, *kernels, *products, cells.codes(), whole, width, values, threads);
-  } else {
-    const Cells cells(x, g, channels_last != 0, x_zero[0], weight.cell_bytes(), weight.planes() / 2, true,
-                      *products, threads);
-    by_panels(weight, *kernels, *products, cells, g, values, threads);
+  try {
+    if (g.alone()) {  // cells of all channels
+      Geometry whole = g;
+      whole.groups = 1;
+      const int64_t width = ceil_div(g.channels, 64) * 64;
+      const Cells cells(x, whole, channels_last != 0, x_zero[0], width, 0, false, *products, threads);
+      depthwise(weight, *kernels, *products, cells.codes(), whole, width, values, threads);
+    } else {
+      const Cells cells(x, g, channels_last != 0, x_zero[0], weight.cell_bytes(), weight.planes() / 2, true, *products,
+                        threads);
+      by_panels(weight, *kernels, *products, cells, g, values, threads);
+    }
+  } catch (const std::bad_alloc&) {
+    return TTAQ_NO_MEMORY;
   }
   return TTAQ_OK;
 }

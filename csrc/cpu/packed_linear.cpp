@@ -1,7 +1,7 @@
 // The linear layer of activation codes on packed weights.
 #include <string.h>
 
-#include "../ttaq_native.h"
+#include "arguments.h"
 #include "integer_product.h"
 
 namespace ttaq {
@@ -52,7 +52,7 @@ void by_rows(const PackedWeight& weight, const Kernels& kernels, const Products&
     x_scale[m] = values.x_scale[values.token ? m : 0];
     x_zero[m] = values.x_zero[values.token ? m : 0];
   }
-  const int64_t size = values.dtype == TTAQ_FLOAT32 ? 4 : 2;
+  const int64_t size = bytes_of(values.dtype);
   parallel_for(ceil_div(weight.outputs, ROW), threads, [&](int64_t begin, int64_t end) {
     std::vector<uint8_t> wide(size_t(weight.bits == weight.stored ? 0 : 4 * bytes));
     int32_t sums[FEW * ROW], shift[ROW], code_sums[ROW], block[16];
@@ -95,13 +95,17 @@ int ttaq_cpu_packed_linear(const uint8_t* x, int64_t stride, const uint8_t* word
   const Kernels* kernels = kernels_of(level);
   const Products* products = products_of(level);
   if (!kernels || !products) return TTAQ_BAD_LEVEL;
-  if (dtype < TTAQ_FLOAT32 || dtype > TTAQ_FLOAT16) return TTAQ_BAD_DTYPE;
-  if (bits != 2 && bits != 3 && bits != 4 && bits != 8) return TTAQ_BAD_BITS;
+  if (!is_float(dtype)) return TTAQ_BAD_DTYPE;
+  if (!has_width(bits)) return TTAQ_BAD_BITS;
   if (group && (k % group || group * (bits == 3 ? 4 : bits) % 32)) return TTAQ_BAD_GROUP;
   const PackedWeight weight{words, ceil_div(k * bits, 8), bits, bits == 3 ? 4 : bits, 1, n, 1, k,
                             group ? k / group : 1, scale, zero};
   const Values values{x_scale, x_zero, token != 0, bias, y, dtype, m, 1, n, 0, 1};
   const bool few = m <= FEW && products->dot[0] && weight.pieces == 1;
-  (few ? by_rows : by_panels)(weight, *kernels, *products, x, stride, values, threads);
+  try {
+    (few ? by_rows : by_panels)(weight, *kernels, *products, x, stride, values, threads);
+  } catch (const std::bad_alloc&) {
+    return TTAQ_NO_MEMORY;
+  }
   return TTAQ_OK;
 }

@@ -5,7 +5,7 @@
 #include <new>
 #include <vector>
 
-#include "../ttaq_native.h"
+#include "arguments.h"
 #include "kernels.h"
 #include "layout.h"
 #include "parallel.h"
@@ -37,7 +37,7 @@ struct Call {
   float scale, zero;
   uint64_t seed;
 
-  int64_t width() const { return dtype == TTAQ_FLOAT32 ? 4 : 2; }
+  int64_t width() const { return bytes_of(dtype); }
   const char* at(const void* start, int64_t i) const { return static_cast<const char*>(start) + i * width(); }
   char* at(void* start, int64_t i) const { return static_cast<char*>(start) + i * width(); }
   int64_t tasks() const { return ceil_div(elements, TASK); }
@@ -59,7 +59,7 @@ struct Call {
 };
 
 int error_of(int kind, int dtype, int level) {
-  if (dtype < TTAQ_FLOAT32 || dtype > TTAQ_FLOAT16) return TTAQ_BAD_DTYPE;
+  if (!is_float(dtype)) return TTAQ_BAD_DTYPE;
   if (kind < TTAQ_DROP || kind > TTAQ_GAUSS) return TTAQ_BAD_KIND;
   return kernels_of(level) ? TTAQ_OK : TTAQ_BAD_LEVEL;
 }

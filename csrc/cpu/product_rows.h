@@ -31,12 +31,12 @@ void dot_rows(const uint8_t* const* words, int64_t bytes, const uint8_t* planes,
   const int64_t stream = (bytes + 63) / 64 * 64;
   const Vector ones = everywhere(0x01010101);
   // Short rows in turn look like no stream to the processor: ask for those that the next call reads.
-  const int64_t ahead = ROWS > 1 ? ROWS * (words[1] - words[0]) : bytes;
+  const int64_t ahead = ROWS > 1 ? ROWS * (intptr_t(words[1]) - intptr_t(words[0])) : bytes;
   for (int64_t at = 0; at < bytes; at += 64) {
     const __mmask64 inside = bytes - at >= 64 ? ~__mmask64(0) : (__mmask64(1) << (bytes - at)) - 1;
 #pragma GCC unroll 4
     for (int i = 0; i < ROWS; ++i) {
-      _mm_prefetch((const char*)(words[i] + at + ahead), _MM_HINT_T0);
+      _mm_prefetch((const char*)(intptr_t(words[i]) + at + ahead), _MM_HINT_T0);
       const Vector word = _mm512_maskz_loadu_epi8(inside, words[i] + at);
       Vector code[PLANES], total;
       code[0] = plane_of_bytes<PLANES, 0>(word);

@@ -5,7 +5,7 @@
 #include <new>
 #include <vector>
 
-#include "../ttaq_native.h"
+#include "arguments.h"
 #include "kernels.h"
 #include "layout.h"
 #include "parallel.h"
@@ -27,7 +27,7 @@ Grid grid_of(const float* scale, const void* zero, int zero_is_int, int qmin, in
 }
 
 int error_of(int dtype, int level) {
-  if (dtype < TTAQ_FLOAT32 || dtype > TTAQ_FLOAT16) return TTAQ_BAD_DTYPE;
+  if (!is_float(dtype)) return TTAQ_BAD_DTYPE;
   return kernels_of(level) ? TTAQ_OK : TTAQ_BAD_LEVEL;
 }
 
@@ -45,7 +45,7 @@ int ttaq_cpu_aligned_fake_quant(const void* x, void* y, const float* gain_, cons
                                 const void* zero, int zero_is_int, float* seen_, int dtype, int qmin, int qmax,
                                 int64_t outer, int64_t channels, int64_t inner, int threads, int level) {
   if (const int error = error_of(dtype, level)) return error;
-  const int64_t width = dtype == TTAQ_FLOAT32 ? 4 : 2, elements = outer * channels * inner;
+  const int64_t width = bytes_of(dtype), elements = outer * channels * inner;
   const Grid grid = grid_of(scale, zero, zero_is_int, qmin, qmax);
   if (elements == 0) {
     for (int64_t i = 0; seen_ && i < 5 * channels; ++i)
@@ -88,7 +88,7 @@ int ttaq_cpu_aligned_fake_quant_backward(const void* grad, const void* x, void* 
                                          int qmin, int qmax, int64_t outer, int64_t channels, int64_t inner,
                                          int threads, int level) {
   if (const int error = error_of(dtype, level)) return error;
-  const int64_t width = dtype == TTAQ_FLOAT32 ? 4 : 2, elements = outer * channels * inner;
+  const int64_t width = bytes_of(dtype), elements = outer * channels * inner;
   const Grid grid = grid_of(scale, zero, zero_is_int, qmin, qmax);
   std::fill_n(dgain, channels, 0.0f);
   std::fill_n(dshift, channels, 0.0f);
