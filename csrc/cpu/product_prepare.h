@@ -17,7 +17,8 @@ void spread(const uint8_t* codes, int64_t n, uint8_t* planes, int64_t stream) {
 
 inline void transpose_square(const uint8_t* const* rows, int64_t at, uint32_t flipped, uint32_t* square) {
   __m512i a[LANES], b[LANES];
-  const int64_t ahead = LANES * (intptr_t(rows[1]) - intptr_t(rows[0]));  // the next panel's, since short rows in turn look like no stream
+  // The next panel's words are asked for: short rows in turn look like no stream to the processor.
+  const int64_t ahead = LANES * (intptr_t(rows[1]) - intptr_t(rows[0]));
   for (int i = 0; i < LANES; ++i) _mm_prefetch((const char*)(intptr_t(rows[i]) + at + ahead), _MM_HINT_T0);
   for (int i = 0; i < LANES; ++i)
     a[i] = _mm512_xor_si512(_mm512_loadu_si512(rows[i] + at), _mm512_set1_epi32(int32_t(flipped)));
