@@ -141,14 +141,28 @@ TTAQ_EXPORT int ttaq_cpu_pack_codes(const uint8_t* codes, uint8_t* words, int64_
 TTAQ_EXPORT int ttaq_cpu_unpack_codes(const uint8_t* words, uint8_t* codes, int64_t rows, int64_t k, int bits,
                                       int threads, int level);
 
+// What follows the values of a product before they are written, by the law of kernels/_epilogue.py: each is null, or
+// least and most infinite, where nothing is asked. residual lies as y does, and is of the dtype of the call.
+typedef struct {
+  const float *gain, *shift;  // by output
+  const void* residual;
+  float least, most;     // bounds: 0 and infinity for a ReLU
+  const float* y_scale;  // y becomes uint8 codes, 0 .. 2^y_bits - 1, of this one scale and zero
+  const int32_t* y_zero;
+  int y_bits;
+  int32_t* nonfinite;  // one element, overwritten with the number of NaN and infinite values behind codes
+} ttaq_ending;
+
 // y = (sum over k of (x - x_zero) (code - zero)) * (x_scale * scale) + bias, with an exact sum modulo 2^32.
 //   x: m rows of k uint8 codes that begin `stride` apart. words: (n, ceil(k * bits / 8)). scale, zero, bias: n each, bias
 //   may be null; with `group` inputs a scale, (n, k / group) scales and zeros. x_scale, x_zero: one value, or where token
-//   is 1, one a row. y: (m, n) of dtype, overwritten. group * bits (4 for 3 bits) must be a multiple of 32.
+//   is 1, one a row. y: (m, n) of dtype, overwritten. group * bits (4 for 3 bits) must be a multiple of 32. ending: null,
+//   or what follows.
 TTAQ_EXPORT int ttaq_cpu_packed_linear(const uint8_t* x, int64_t stride, const uint8_t* words, const float* scale,
                                        const int32_t* zero, const float* bias, const float* x_scale,
                                        const int32_t* x_zero, int token, void* y, int dtype, int bits, int64_t group,
-                                       int64_t m, int64_t n, int64_t k, int threads, int level);
+                                       int64_t m, int64_t n, int64_t k, const ttaq_ending* ending, int threads,
+                                       int level);
 
 // The convolution of x by the same law; padding stands for 0.0.
 //   x: (B, C, H, W) codes, y: (B, O, OH, OW) of dtype, both in that order of memory or, with channels_last, channels
@@ -156,8 +170,8 @@ TTAQ_EXPORT int ttaq_cpu_packed_linear(const uint8_t* x, int64_t stride, const u
 //   geometry: B, C, H, W, O, OH, OW, R, S, and down and across: stride, padding, dilation; groups.
 TTAQ_EXPORT int ttaq_cpu_packed_conv2d(const uint8_t* x, const uint8_t* words, const float* scale, const int32_t* zero,
                                        const float* bias, const float* x_scale, const int32_t* x_zero, void* y,
-                                       int dtype, int bits, int channels_last, const int64_t* geometry, int threads,
-                                       int level);
+                                       int dtype, int bits, int channels_last, const int64_t* geometry,
+                                       const ttaq_ending* ending, int threads, int level);
 
 // y = x @ ((code - zero) * scale).T + bias, for rows of x that begin `stride` apart. words: (n, ceil(k * bits / 8)), as
 // above; scale, zero: (n,), or with a `group` that divides k (n, k / group). bias: (n,) or null. y: (m, n), overwritten.

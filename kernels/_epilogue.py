@@ -3,7 +3,7 @@
     moments[:, n] = sum y, sum y^2                                of an output channel, for a BatchNorm that adapts
     v = y gain[n] + shift[n]                                      a frozen BatchNorm
     u = v + residual
-    u = max(u, 0), or gelu(u) = u Phi(u)
+    u = max(u, 0), or min(max(u, 0), 6), or gelu(u) = u Phi(u)
     code = clamp(round(u / y_scale) + y_zero, 0, 2^y_bits - 1)    what `quantize_codes` would make of u
 
 Every line is optional and computed in float32 without contraction; y is the product with its bias, not yet rounded.
@@ -20,7 +20,7 @@ from ._tiles import clamp, expand, gelu, in_order_of, round_half_even
 from ._triton import jit, tl
 from .codes import reference as quantize
 
-KINDS = ("none", "relu", "gelu")
+KINDS = ("none", "relu", "gelu", "relu6")
 SCHEMA = (
     'Tensor? gain=None, Tensor? shift=None, Tensor? residual=None, str after="none", Tensor? y_scale=None,'
     " Tensor? y_zero=None, int y_bits=8, bool moments=False"
@@ -68,8 +68,9 @@ def finish(y, end: Epilogue, axis: int):
         y = y * expand(end.gain.float(), y, axis, 0) + expand(end.shift.float(), y, axis, 0)
     if end.residual is not None:
         y = y + end.residual.float()
-    if end.after == "relu":
+    if end.after.startswith("relu"):
         y = torch.where(y <= 0, 0.0, y)  # no negative zero, and a NaN stays
+        y = torch.where(y > 6, 6.0, y) if end.after == "relu6" else y
     if end.after == "gelu":
         y = F.gelu(y)
     if end.y_scale is not None:
@@ -109,10 +110,12 @@ def store_finished(
         y = y * tl.load(gain_ptr + n).to(tl.float32)[:, None] + tl.load(shift_ptr + n).to(tl.float32)[:, None]
     if residual_ptr is not None:
         y += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    if AFTER == 1:
+    if AFTER == 1 or AFTER == 3:
         y = tl.where(y <= 0.0, 0.0, y)
     if AFTER == 2:
         y = gelu(y)
+    if AFTER == 3:
+        y = tl.where(y > 6.0, 6.0, y)
     if y_scale_ptr is None:
         tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
     else:

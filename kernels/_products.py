@@ -5,10 +5,14 @@ function computes.
 """
 
 import ctypes
+import math
 
+import torch
 from torch import Tensor
 
+from ._epilogue import Epilogue
 from ._library import BITS, DTYPES, check, level_number, library, reason, threads
+from ._tiles import in_order_of
 
 
 def stored_bits(words: Tensor, bits: int, k: int) -> int:
@@ -32,9 +36,43 @@ def refuses_floats(name: str, x: Tensor) -> str | None:
     return f"{name} is {x.dtype}; the kernel takes float16, bfloat16 and float32"
 
 
+class Ending(ctypes.Structure):
+    """What follows a product of `dtype` in the native kernel, a ttaq_ending; it holds the tensors it points to."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("gain", "shift", "residual")),
+        *((name, ctypes.c_float) for name in ("least", "most")),
+        *((name, ctypes.c_void_p) for name in ("y_scale", "y_zero")),
+        ("y_bits", ctypes.c_int),
+        ("nonfinite", ctypes.c_void_p),
+    ]  # fmt: skip
+
+    def __init__(self, end: Epilogue, y: Tensor, nonfinite: Tensor, dtype: torch.dtype):
+        self.dtype = dtype
+        gain, shift = (None if t is None else t.float().contiguous() for t in (end.gain, end.shift))
+        residual = None if end.residual is None else in_order_of(end.residual, y)
+        self.held = (gain, shift, residual, end.y_scale, end.y_zero, nonfinite)
+        gain, shift, residual, y_scale, y_zero, nonfinite = (None if t is None else t.data_ptr() for t in self.held)
+        bounds = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}.get(end.after, (-math.inf, math.inf))
+        super().__init__(gain, shift, residual, *bounds, y_scale, y_zero, end.y_bits, nonfinite)
+
+
+def follows(end: Epilogue) -> bool:
+    """Tell whether a native product of codes makes what follows; without it, and for the rest, torch does."""
+    return end.transforms and not end.moments and end.after != "gelu"
+
+
+def _number(y, ending):
+    return DTYPES[y.dtype if ending is None else ending.dtype]
+
+
+def _pointer(ending):
+    return None if ending is None else ctypes.byref(ending)
+
+
 def packed_linear(
     x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, x_scale: Tensor, x_zero: Tensor,
-    y: Tensor, bits: int, group: int, level: str | None = None,
+    y: Tensor, bits: int, group: int, ending: Ending | None = None, level: str | None = None,
 ) -> None:  # fmt: skip
     """Write the linear layer of kernels/packed_linear.py on activation codes to `y`.
 
@@ -42,16 +80,17 @@ def packed_linear(
         x: (m, k), uint8, elements of a row side by side.
         words: (n, bytes), uint8, contiguous, and so scale, zero (int32), bias (float32).
         x_scale: One element, float32, or (m,); x_zero: its shape, int32. Contiguous.
-        y: (m, n), float32, bfloat16 or float16; overwritten.
+        y: (m, n), float32, bfloat16 or float16, or uint8 where it ends in codes; overwritten.
         bits: That a code takes in `words`: 2, 3, 4 or 8.
         group: Inputs that share a scale, whose words fill whole dwords; or 0.
+        ending: What follows.
     """
     check(
         library("cpu").ttaq_cpu_packed_linear(
             x.data_ptr(), x.stride(0), words.data_ptr(), scale.data_ptr(), zero.data_ptr(),
             None if bias is None else bias.data_ptr(), x_scale.data_ptr(), x_zero.data_ptr(), x_scale.numel() > 1,
-            y.data_ptr(), DTYPES[y.dtype], bits, group, x.shape[0], words.shape[0], x.shape[1], threads(),
-            level_number(level),
+            y.data_ptr(), _number(y, ending), bits, group, x.shape[0], words.shape[0], x.shape[1],
+            _pointer(ending), threads(), level_number(level),
         )
     )  # fmt: skip
 
@@ -98,24 +137,27 @@ def packed_linear_backward(
 
 def packed_conv2d(
     x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, x_scale: Tensor, x_zero: Tensor,
-    y: Tensor, bits: int, geometry: tuple[int, ...], channels_last: bool, level: str | None = None,
+    y: Tensor, bits: int, geometry: tuple[int, ...], channels_last: bool, ending: Ending | None = None,
+    level: str | None = None,
 ) -> None:  # fmt: skip
     """Write the convolution of kernels/packed_conv2d.py on activation codes to `y`.
 
     Args:
         x: (B, C, H, W), uint8; contiguous, or channels innermost with `channels_last`, and so y, which is float32,
-            bfloat16 or float16 and overwritten.
+            bfloat16 or float16, or uint8 where it ends in codes, and overwritten.
         words: (O, bytes), uint8, contiguous, and so scale, zero (int32), bias (float32).
         x_scale: One element, float32; x_zero: one, int32.
         bits: That a code takes in `words`: 2, 3, 4 or 8.
         geometry: R, S, and down and across: stride, padding, dilation; groups.
+        ending: What follows.
     """
     shape = (*x.shape, *y.shape[1:], *geometry)
     check(
         library("cpu").ttaq_cpu_packed_conv2d(
             x.data_ptr(), words.data_ptr(), scale.data_ptr(), zero.data_ptr(),
             None if bias is None else bias.data_ptr(), x_scale.data_ptr(), x_zero.data_ptr(), y.data_ptr(),
-            DTYPES[y.dtype], bits, channels_last, (ctypes.c_int64 * len(shape))(*shape), threads(), level_number(level),
+            _number(y, ending), bits, channels_last, (ctypes.c_int64 * len(shape))(*shape),
+            _pointer(ending), threads(), level_number(level),
         )
     )  # fmt: skip
 

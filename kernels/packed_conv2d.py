@@ -257,19 +257,25 @@ def launch_cpu(
     x, words, scale, zero, bias, bits, x_scale, x_zero, x_bits, kernel_size, stride, padding, dilation, groups, dtype,
     *end,
 ):  # fmt: skip
-    """Run the native kernel on activation codes, or on floats; torch does what follows."""
+    """Run the native kernel on activation codes, or on floats; what it does not follow with, torch does."""
     geometry, end = (kernel_size, stride, padding, dilation, groups), Epilogue(*end)
+    ends = x_scale is not None and _products.follows(end)
     made = torch.float32 if x_scale is None or end.transforms or end.moments else dtype
+    made = end.dtype(dtype) if ends else made
     y = _output(x, words.shape[0], *geometry[:4], made)
     channels_last = not y.is_contiguous()
     weight = (words.contiguous(), scale.contiguous(), zero.contiguous())
     bias = None if bias is None else bias.float().contiguous()
     last = (y, _products.stored_bits(words, bits, _terms(x.shape[1], *geometry)), _flat(*geometry), channels_last)
+    moments, nonfinite = _epilogue.allocate(y, words.shape[0], end)
     if y.numel() and x_scale is None:
         _products.packed_conv2d_floats(_innermost(x), *weight, bias, *last)
     elif y.numel():
         x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-        _products.packed_conv2d(x, *weight, bias, x_scale, x_zero, *last)
+        ending = _products.Ending(end, y, nonfinite, dtype) if ends else None
+        _products.packed_conv2d(x, *weight, bias, x_scale, x_zero, *last, ending)
+    if ends:
+        return y, moments, nonfinite if y.numel() else nonfinite.zero_()
     y, *seen = finish(y, end, 1)
     y = _output(x, words.shape[0], *geometry[:4], end.dtype(dtype)).copy_(y) if end.transforms else y.to(dtype)
     return y, *seen

@@ -241,10 +241,12 @@ def refuses_backward(grad, words, scale, zero, bits, group, k):
 
 
 def launch_cpu(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits, dtype, *end):
-    """Run the native kernel on activation codes, or on floats; torch does what follows."""
+    """Run the native kernel on activation codes, or on floats; what it does not follow with, torch does."""
     m, k, end = math.prod(x.shape[:-1]), x.shape[-1], Epilogue(*end)
-    made = torch.float32 if end.transforms or end.moments else dtype
+    ends = x_scale is not None and _products.follows(end)
+    made = end.dtype(dtype) if ends else torch.float32 if end.transforms or end.moments else dtype
     y = x.new_empty((*x.shape[:-1], words.shape[0]), dtype=made)
+    moments, nonfinite = _epilogue.allocate(y, words.shape[0], end)
     if y.numel():
         weight = (words.contiguous(), scale.contiguous(), zero.contiguous())
         bias = None if bias is None else bias.float().contiguous()
@@ -252,7 +254,11 @@ def launch_cpu(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits
         if x_scale is None:
             _products.packed_linear_floats(_rows(x, m, k), *weight, bias, *last)
         else:
-            _products.packed_linear(_rows(x, m, k), *weight, bias, x_scale.contiguous(), x_zero.contiguous(), *last)
+            ending = _products.Ending(end, y, nonfinite, dtype) if ends else None
+            grid = (x_scale.contiguous(), x_zero.contiguous())
+            _products.packed_linear(_rows(x, m, k), *weight, bias, *grid, *last, ending)
+    if ends:
+        return y, moments, nonfinite if y.numel() else nonfinite.zero_()
     y, *seen = finish(y, end, -1)
     return y.to(end.dtype(dtype)), *seen
 

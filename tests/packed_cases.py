@@ -1,5 +1,6 @@
 """The sample inputs of the packed layers, for cases.py."""
 
+import re
 from collections.abc import Iterator
 
 import torch
@@ -29,13 +30,13 @@ def _grid(random, shape, x_bits):
 NO_GRID = (None, None, 8)
 
 # What follows a product: * gain and shift, + a residual, an activation, # codes of so many bits, ? moments.
-AFTER = ("*", "+", "+relu", "gelu", "#8", "?", "*+relu#4?", "*+gelu#8?")
+AFTER = ("*", "+", "+relu", "+relu6", "gelu", "#8", "?", "*+relu#4?", "*+gelu#8?")
 
 
 def _after(random, wanted, reference, args, channels_axis):
     """Add to the arguments of a product what `wanted` asks to follow it; its grid fits what the reference gives."""
     y = reference(*args)[0]
-    n, plain = y.shape[channels_axis], wanted.strip("*+#?0123456789") or "none"
+    n, plain = y.shape[channels_axis], (re.findall("[a-z]+6?", wanted) or ["none"])[0]
     affine = torch.rand(n, generator=random) + 0.5, torch.randn(n, generator=random)
     residual = (y.float() * torch.rand(y.shape, generator=random)).to(y.dtype) if "+" in wanted else None
     residual = residual.contiguous() if wanted == "+" else residual  # in an order that may be another than that of y

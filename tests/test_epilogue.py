@@ -33,7 +33,7 @@ def apart(y, end, axis):
     if end.gain is not None:
         y = y * end.gain.reshape(shape) + end.shift.reshape(shape)
     y = y if end.residual is None else y + end.residual.float()
-    y = {"none": lambda y: y, "relu": F.relu, "gelu": F.gelu}[end.after](y)
+    y = {"none": lambda y: y, "relu": F.relu, "relu6": F.relu6, "gelu": F.gelu}[end.after](y)
     if end.y_scale is None:
         return y, None
     return RAW.quantize_codes(y, end.y_scale, end.y_zero, 0, (1 << end.y_bits) - 1, None, 0)
@@ -108,9 +108,10 @@ def test_gelu_gives_the_codes_of_the_reference():
 
 
 def test_relu_gives_no_negative_zero_and_keeps_a_nan():
-    y = torch.tensor([-0.0, -1.0, torch.nan, 2.0])
-    got, *_ = ep.finish(y, ep.Epilogue(after="relu"), -1)
-    assert_same(got, torch.tensor([0.0, 0.0, torch.nan, 2.0]))
+    y = torch.tensor([-0.0, -1.0, torch.nan, 2.0, 7.0])
+    for kind, most in (("relu", 7.0), ("relu6", 6.0)):
+        got, *_ = ep.finish(y, ep.Epilogue(after=kind), -1)
+        assert_same(got, torch.tensor([0.0, 0.0, torch.nan, 2.0, most]))
 
 
 def test_values_that_are_not_finite_are_counted_and_a_nan_gets_the_code_of_zero():
@@ -212,7 +213,7 @@ def test_wrong_calls_are_refused_with_a_remedy():
     x, first, _ = _chain("linear", random)
     one, zero = torch.tensor(0.1), torch.tensor(1, dtype=torch.int32)
     for message, wrong in (
-        ("after must be one of none, relu, gelu, got 'tanh'; use one of these", {"after": "tanh"}),
+        ("after must be one of none, relu, gelu, relu6, got 'tanh'; use one of these", {"after": "tanh"}),
         ("gain and shift go together, got one of them; pass both", {"gain": torch.ones(16)}),
         (r"gain and shift want shape \(16,\) on cpu, got \(4,\)", {"gain": torch.ones(4), "shift": torch.ones(4)}),
         ("y_scale and y_zero go together", {"y_scale": one}),

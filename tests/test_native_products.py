@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from ttaq.kernels import _native, _products
 from ttaq.kernels import codes as cd
+from ttaq.kernels._epilogue import Epilogue, finish
 
 LEVELS = _native.LEVELS[: _native.LEVELS.index(_native.cpu_level() or "base") + 1]
 BITS = (2, 3, 4, 8)
@@ -41,7 +42,7 @@ def linear_law(x, codes, scale, zero, bias, x_scale, x_zero, group=0):
 
 def linear(x, words, scale, zero, bias, x_scale, x_zero, bits, group=0, level=None, dtype=torch.float32):
     y = torch.full((len(x), len(words)), float("nan"), dtype=dtype)
-    _products.packed_linear(x, words, scale, zero, bias, x_scale, x_zero, y, bits, group, level)
+    _products.packed_linear(x, words, scale, zero, bias, x_scale, x_zero, y, bits, group, level=level)
     return y
 
 
@@ -138,7 +139,7 @@ def check_convolution(case, bits, channels_last, seed=0):
     for level in LEVELS:
         y = torch.full(wanted.shape, float("nan")).contiguous(memory_format=memory)
         geometry = (*kernel, *stride, *padding, *dilation, groups)
-        _products.packed_conv2d(x, words, *rest, y, bits, geometry, channels_last, level)
+        _products.packed_conv2d(x, words, *rest, y, bits, geometry, channels_last, level=level)
         assert torch.equal(y, wanted), level
 
 
@@ -147,6 +148,59 @@ def check_convolution(case, bits, channels_last, seed=0):
 @pytest.mark.parametrize("case", CONVS, ids=str)
 def test_a_convolution_sums_exactly_on_every_level(case, bits, channels_last):
     check_convolution(case, bits, channels_last)
+
+
+def endings(random, shape, dtype, axis):
+    """Draw what may follow values of `shape`: all of it with an activation and codes, and a residual alone."""
+    n = shape[axis]
+    residual = (torch.randn(shape, generator=random) * 50).to(dtype)
+    residual.flatten()[::7] = torch.nan
+    grid = (torch.tensor(3.0), torch.tensor(5, dtype=torch.int32))
+    affine = (torch.rand(n, generator=random) + 0.5, torch.randn(n, generator=random))
+    yield Epilogue(*affine, residual, "relu", *grid, 4)
+    yield Epilogue(*affine, None, "relu6")
+    yield Epilogue(None, None, residual)
+
+
+def check_ending(plain, dtype, axis, run):
+    """Compare what follows natively with the specification; run(y, ending, level) writes y."""
+    for end in endings(torch.Generator().manual_seed(3), plain.shape, dtype, axis):
+        wanted, _, count = finish(plain, end, axis)
+        for level in LEVELS:
+            y = torch.full_like(plain, 99, dtype=end.dtype(dtype))
+            nonfinite = torch.full((), 9, dtype=torch.int32)
+            run(y, _products.Ending(end, y, nonfinite, dtype), level)
+            torch.testing.assert_close(
+                y, wanted.to(y.dtype), rtol=0, atol=0, equal_nan=True, msg=str((end.after, level))
+            )
+            assert count.numel() == 0 or torch.equal(count, nonfinite), level
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("m", [3, 11])
+def test_what_follows_a_linear_layer_is_the_specification_on_every_level(m, dtype):
+    random = torch.Generator().manual_seed(m)
+    x = torch.randint(0, 256, (m, 70), dtype=torch.uint8, generator=random)
+    _, words, scale, zero = drawn_weight(random, 67, 70, 4)
+    args = (x, words, scale, zero, None, torch.tensor([0.1]), torch.tensor([3], dtype=torch.int32))
+    check_ending(linear(*args, 4), dtype, -1, lambda y, end, level: _products.packed_linear(*args, y, 4, 0, end, level))
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", CONVS, ids=str)
+def test_what_follows_a_convolution_is_the_specification_on_every_level(case, channels_last):
+    kernel, stride, padding, dilation, groups = case[5:]
+    x, codes, *rest = drawn_convolution(torch.Generator().manual_seed(4), case, 4, channels_last)
+    words = cd.pack_reference(codes.permute(0, 2, 3, 1).flatten(1).contiguous(), 4)
+    geometry = (*kernel, *stride, *padding, *dilation, groups)
+    plain = convolution_law(x, codes, *rest, stride, padding, dilation, groups)
+    memory = torch.channels_last if channels_last else torch.contiguous_format
+    for dtype in (torch.float32, torch.bfloat16):
+
+        def run(y, end, level):
+            _products.packed_conv2d(x, words, *rest, y, 4, geometry, channels_last, end, level)
+
+        check_ending(plain.contiguous(memory_format=memory), dtype, 1, run)
 
 
 sizes = st.integers(1, 9)

@@ -42,7 +42,7 @@ def packed_linear(
         gain: (N,), float, a frozen BatchNorm's; None for none, and so shift.
         shift: (N,), float.
         residual: Shape of y, in its dtype.
-        after: "none", "relu" or "gelu".
+        after: "none", "relu", "relu6" or "gelu".
         y_scale: (), float32, to return codes; None for floats.
         y_zero: (), int32.
         y_bits: Width of the codes, 2 to 8.

@@ -30,12 +30,22 @@ void align_taps(const PackedWeight& w, const Kernels& kernels, const Products& p
     kernels.pack[w.bits](codes + tap * w.channels, aligned + tap * bytes, w.channels);
 }
 
-template <class T>
-void scatter(const uint8_t* rows_, int64_t outputs, int64_t rows, const int64_t* starts, int64_t apart, void* y_) {
-  const T* rows_of = reinterpret_cast<const T*>(rows_);
-  T* y = static_cast<T*>(y_);
+// Moves the outputs of some rows between a tile, ROW apart, and elements `apart` of each other.
+template <class T, bool OUT>
+void move(void* tile_, int64_t outputs, int64_t rows, const int64_t* starts, int64_t apart, void* y_) {
+  T *tile = static_cast<T*>(tile_), *y = static_cast<T*>(y_);
   for (int64_t j = 0; j < outputs; ++j)
-    for (int64_t i = 0; i < rows; ++i) y[starts[i] + j * apart] = rows_of[i * MOST_PANELS * LANES + j];
+    for (int64_t i = 0; i < rows; ++i) {
+      T &inside = tile[i * MOST_PANELS * LANES + j], &outside = y[starts[i] + j * apart];
+      (OUT ? outside : inside) = OUT ? inside : outside;
+    }
+}
+
+template <bool OUT>
+void move(int64_t size, void* tile, int64_t outputs, int64_t rows, const int64_t* starts, int64_t apart, void* y) {
+  (size == 4   ? move<uint32_t, OUT>
+   : size == 2 ? move<uint16_t, OUT>
+               : move<uint8_t, OUT>)(tile, outputs, rows, starts, apart, y);
 }
 
 }  // namespace
@@ -107,23 +117,47 @@ void Panels::add_up(const PackedWeight& weight, const Products& products, const 
   }
 }
 
+Ending::Ending(const ttaq_ending* given, int dtype, const Kernels& kernels, const Products& products)
+    : given_(given), dtype_(dtype), kernels_(kernels), products_(products) {
+  if (given && given->nonfinite) *given->nonfinite = 0;
+}
+
+int64_t Ending::y_bytes() const { return given_ && given_->y_scale ? 1 : bytes_of(dtype_); }
+
+const uint8_t* Ending::residual(int64_t element) const {
+  if (!given_ || !given_->residual) return nullptr;
+  return static_cast<const uint8_t*>(given_->residual) + element * bytes_of(dtype_);
+}
+
+void Ending::write(float* row, int64_t output, int64_t outputs, const void* residual, void* y) const {
+  const ttaq_ending& e = *given_;
+  products_.follow[dtype_]({row, outputs, e.gain ? e.gain + output : nullptr, e.gain ? e.shift + output : nullptr,
+                            residual, e.least, e.most, e.y_scale ? nullptr : y});
+  if (!e.y_scale) return;
+  const float zero = float(*e.y_zero);
+  const int64_t bad = kernels_.codes[ROW][TTAQ_FLOAT32](row, static_cast<uint8_t*>(y), {outputs, 1, outputs}, e.y_scale,
+                                                        &zero, {0.0f, float((1 << e.y_bits) - 1)});
+  if (bad) __atomic_fetch_add(e.nonfinite, int32_t(bad), __ATOMIC_RELAXED);
+}
+
 void write_tile(const PackedWeight& weight, const Panels& panels, const Products& products, const CellRuns& runs,
                 const Values& v, int64_t group, int64_t panel, int wide, int64_t first, int rows,
                 const uint8_t* const* cells, const int32_t* x_sums) {
-  constexpr int64_t ROW = MOST_PANELS * LANES;
+  constexpr int64_t WIDE = MOST_PANELS * LANES;
   const int64_t at = group * panels.per_group() + panel, dwords = weight.dwords() / weight.pieces;
   const int outputs = int(std::min<int64_t>(wide * LANES, weight.outputs - panel * LANES));
-  const int64_t size = bytes_of(v.dtype), output = group * weight.outputs + panel * LANES;
-  int32_t sums[MOST_ROWS * ROW], x_zero[MOST_ROWS];
-  float values[MOST_ROWS * ROW], x_scale[MOST_ROWS];
-  uint8_t scratch[MOST_ROWS * ROW * 4];
+  const int64_t size = v.ending.y_bytes(), output = group * weight.outputs + panel * LANES;
+  int32_t sums[MOST_ROWS * WIDE], x_zero[MOST_ROWS];
+  float values[MOST_ROWS * WIDE], x_scale[MOST_ROWS];
+  uint8_t scratch[MOST_ROWS * WIDE * 4], residuals[MOST_ROWS * WIDE * 4];
   int64_t starts[MOST_ROWS];
-  void* y[MOST_ROWS];
+  void *y[MOST_ROWS], *finished[MOST_ROWS];
   for (int i = 0; i < rows; ++i) {
     x_scale[i] = v.x_scale[v.token ? first + i : 0];
     x_zero[i] = v.x_zero[v.token ? first + i : 0];
-    starts[i] = (first + i) / v.pixels * v.image + (first + i) % v.pixels * v.pixel + output * v.output;
-    y[i] = v.output == 1 ? static_cast<uint8_t*>(v.y) + starts[i] * size : scratch + i * ROW * size;
+    starts[i] = v.start(first + i) + output * v.output;
+    y[i] = v.output == 1 ? static_cast<uint8_t*>(v.y) + starts[i] * size : scratch + i * WIDE * size;
+    finished[i] = v.ending ? values + i * WIDE : y[i];
   }
   const uint8_t* moved[MOST_ROWS];
   for (int64_t piece = 0; piece < weight.pieces; ++piece) {
@@ -133,12 +167,21 @@ void write_tile(const PackedWeight& weight, const Panels& panels, const Products
     products.integer[weight.planes() / 2][rows - 1][wide - 1](
         {piece ? moved : cells, runs.offsets.data(), int64_t(runs.offsets.size()), runs.length * dwords,
          panels.words(at) + piece * dwords * LANES, panels.size(), sums});
-    products.finish[v.dtype]({sums, rows, outputs, panels.shift(piece, at), panels.sum(piece, at),
-                              panels.scale(piece, at), v.bias ? v.bias + output : nullptr, x_sums + piece * rows,
-                              x_zero, x_scale, values, y, piece == 0, piece + 1 == weight.pieces});
+    products.finish[v.ending ? TTAQ_FLOAT32 : v.dtype](
+        {sums, rows, outputs, panels.shift(piece, at), panels.sum(piece, at), panels.scale(piece, at),
+         v.bias ? v.bias + output : nullptr, x_sums + piece * rows, x_zero, x_scale, values, finished, piece == 0,
+         piece + 1 == weight.pieces});
   }
-  if (v.output == 1) return;
-  (size == 4 ? scatter<uint32_t> : scatter<uint16_t>)(scratch, outputs, rows, starts, v.output, v.y);
+  if (v.ending) {
+    const int64_t wide_as = bytes_of(v.dtype);
+    const bool apart = v.ending.residual(0) && v.output != 1;
+    if (apart)
+      move<false>(wide_as, residuals, outputs, rows, starts, v.output, const_cast<uint8_t*>(v.ending.residual(0)));
+    for (int i = 0; i < rows; ++i)
+      v.ending.write(values + i * WIDE, output, outputs,
+                     apart ? residuals + i * WIDE * wide_as : v.ending.residual(starts[i]), y[i]);
+  }
+  if (v.output != 1) move<true>(size, scratch, outputs, rows, starts, v.output, v.y);
 }
 
 }  // namespace ttaq

@@ -11,6 +11,7 @@
 #include "kernels.h"
 #include "layout.h"
 #include "parallel.h"
+#include "../ttaq_native.h"
 #include "product.h"
 
 namespace ttaq {
@@ -67,6 +68,24 @@ class Panels {
   std::vector<float> scale_;
 };
 
+// What follows the values of a layer, ready to be applied to parts of a row.
+class Ending {
+ public:
+  Ending(const ttaq_ending* given, int dtype, const Kernels& kernels, const Products& products);
+
+  explicit operator bool() const { return given_ != nullptr; }
+  int64_t y_bytes() const;                        // of an element
+  const uint8_t* residual(int64_t element) const;  // null where there is none
+  // Takes the values of `outputs` outputs from `output` on to `y`; `row` is overwritten.
+  void write(float* row, int64_t output, int64_t outputs, const void* residual, void* y) const;
+
+ private:
+  const ttaq_ending* given_;
+  int dtype_;
+  const Kernels& kernels_;
+  const Products& products_;
+};
+
 // The grid of the activations, and where the values of a layer go: row m begins at
 // m / pixels * image + m % pixels * pixel, and its outputs lie `output` apart.
 struct Values {
@@ -77,6 +96,9 @@ struct Values {
   void* y;
   int dtype;
   int64_t rows, pixels, image, pixel, output;
+  const Ending& ending;
+
+  int64_t start(int64_t row) const { return row / pixels * image + row % pixels * pixel; }  // element of y
 };
 
 constexpr int64_t TOGETHER = 8;  // blocks of rows that share a look at the weight

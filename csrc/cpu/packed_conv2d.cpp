@@ -147,20 +147,29 @@ void depthwise(const PackedWeight& weight, const Kernels& kernels, const Product
   std::vector<int64_t> offsets;
   for (int64_t r = 0; r < g.kernel_h; ++r)
     for (int64_t s = 0; s < g.kernel_w; ++s) offsets.push_back(behind(g, r, s) * width);
-  const int64_t size = bytes_of(values.dtype);
+  const Ending& ending = values.ending;
+  const int64_t size = ending.y_bytes(), wide_as = bytes_of(values.dtype), apart = values.output;
+  const bool gathers = apart != 1 && ending.residual(0);
   parallel_for(values.rows, threads, [&](int64_t first, int64_t last) {
     std::vector<int32_t> sums(size_t(2 * width), 0);
-    std::vector<uint8_t> row(size_t(values.output == 1 ? 0 : g.channels * size));
+    std::vector<uint8_t> row(size_t(apart == 1 ? 0 : g.channels * size));
+    std::vector<uint8_t> residual(size_t(gathers ? g.channels * wide_as : 0));
+    std::vector<float> finished(size_t(ending ? g.channels : 0));
     for (int64_t m = first; m < last; ++m) {
       products.depthwise(codes + cell_of(g, 0, m) * width, offsets.data(), deep.weights.data(), g.taps(), width,
                          sums.data(), sums.data() + width);
-      const int64_t start = m / values.pixels * values.image + m % values.pixels * values.pixel;
+      const int64_t start = values.start(m);
       uint8_t* y = static_cast<uint8_t*>(values.y) + start * size;
-      products.finish_deep[values.dtype]({sums.data(), sums.data() + width, deep.shift.data(), deep.sum.data(),
-                                          weight.scale, values.bias, g.channels, values.x_scale[0], values.x_zero[0],
-                                          row.empty() ? y : row.data()});
+      void* made = row.empty() ? y : row.data();
+      products.finish_deep[ending ? TTAQ_FLOAT32 : values.dtype](
+          {sums.data(), sums.data() + width, deep.shift.data(), deep.sum.data(), weight.scale, values.bias, g.channels,
+           values.x_scale[0], values.x_zero[0], ending ? finished.data() : made});
+      for (int64_t c = 0; gathers && c < g.channels; ++c)
+        memcpy(&residual[size_t(c * wide_as)], ending.residual(start + c * apart), size_t(wide_as));
+      if (ending)
+        ending.write(finished.data(), 0, g.channels, gathers ? residual.data() : ending.residual(start), made);
       for (int64_t c = 0; !row.empty() && c < g.channels; ++c)
-        memcpy(y + c * values.output * size, row.data() + c * size, size_t(size));
+        memcpy(y + c * apart * size, row.data() + c * size, size_t(size));
     }
   });
 }
@@ -178,7 +187,8 @@ using namespace ttaq;
 
 int ttaq_cpu_packed_conv2d(const uint8_t* x, const uint8_t* words, const float* scale, const int32_t* zero,
                            const float* bias, const float* x_scale, const int32_t* x_zero, void* y, int dtype, int bits,
-                           int channels_last, const int64_t* geometry, int threads, int level) {
+                           int channels_last, const int64_t* geometry, const ttaq_ending* given, int threads,
+                           int level) {
   const Kernels* kernels = kernels_of(level);
   const Products* products = products_of(level);
   if (!kernels || !products) return TTAQ_BAD_LEVEL;
@@ -188,8 +198,10 @@ int ttaq_cpu_packed_conv2d(const uint8_t* x, const uint8_t* words, const float* 
   memcpy(&g, geometry, sizeof g);
   const PackedWeight weight{words, ceil_div(g.taps() * g.inputs() * bits, 8), bits, panel_bits(bits, g.inputs()),
                             g.groups, g.group_outputs(), g.taps(), g.inputs(), 1, scale, zero};
+  const Ending ending(given, dtype, *kernels, *products);
   const Values values{x_scale, x_zero, false, bias, y, dtype, g.batch * g.out_pixels(), g.out_pixels(),
-                      g.outputs * g.out_pixels(), channels_last ? g.outputs : 1, channels_last ? 1 : g.out_pixels()};
+                      g.outputs * g.out_pixels(), channels_last ? g.outputs : 1, channels_last ? 1 : g.out_pixels(),
+                      ending};
   try {
     if (g.alone()) {  // cells of all channels
       Geometry whole = g;

@@ -45,6 +45,17 @@ struct FinishDeep {
   void* y;
 };
 
+// What follows a row of values: those that are asked for of y = clamp(row * gain + shift + residual), with row in the
+// end the float32 values of y, and y itself, of the dtype of the residual, where it is not null.
+struct Follow {
+  float* row;
+  int64_t outputs;
+  const float *gain, *shift;
+  const void* residual;
+  float least, most;
+  void* y;
+};
+
 // Indexed by planes / 2: 1, 2 and 4 planes.
 struct Products {
   int rows, panels;  // of the largest tile
@@ -66,6 +77,7 @@ struct Products {
   void (*depthwise)(const uint8_t* cell, const int64_t* offsets, const int8_t* deep, int64_t taps, int64_t width,
                     int32_t* sums, int32_t* code_sums);
   void (*finish_deep[3])(const FinishDeep& finish);  // by enum ttaq_dtype
+  void (*follow[3])(const Follow& follow);           // by enum ttaq_dtype
   // Null, or: the sums of `rows` <= 4 rows of words with `inputs` <= 4 rows of activations, [rows][4], and of the codes
   // themselves. The codes of an input lie by planes: those of plane 0, with zeros to a multiple of 64, those of plane 1.
   void (*dot[3])(const uint8_t* const* words, int rows, int64_t bytes, const uint8_t* planes, int inputs,

@@ -79,6 +79,27 @@ void finish(const Finish& f) {
     (f.last ? finish_rows<T, false, true> : finish_rows<T, false, false>)(f);
 }
 
+template <class T>
+void follow(const Follow& f) {
+  const T* residual = (const T*)f.residual;
+  T* y = (T*)f.y;
+  float* row = f.row;
+  if (f.gain) {
+#pragma omp simd
+    for (int64_t j = 0; j < f.outputs; ++j) row[j] = row[j] * f.gain[j] + f.shift[j];
+  }
+  if (residual) {
+#pragma omp simd
+    for (int64_t j = 0; j < f.outputs; ++j) row[j] += ttaq::widen(residual[j]);
+  }
+#pragma omp simd
+  for (int64_t j = 0; j < f.outputs; ++j) {  // no negative zero behind a ReLU, and a NaN stays
+    const float low = row[j] <= f.least ? f.least : row[j];
+    row[j] = low > f.most ? f.most : low;
+  }
+  for (int64_t j = 0; y && j < f.outputs; ++j) narrow(row[j], y[j]);
+}
+
 #define ROWS_OF(planes, rows) {OF(planes, rows, 1), OF(planes, rows, 2), OF(planes, rows, 3)}
 #define OF(planes, rows, panels) entry<planes, rows, panels>()
 #define PLANES_OF(planes)                                                                                           \
@@ -100,7 +121,8 @@ constexpr auto entry() -> void (*)(const IntegerTile&) {
 const Products TTAQ_LEVEL::products = {
     TALLEST, WIDEST, {PLANES_OF(1), PLANES_OF(2), PLANES_OF(4)}, {arrange<1>, arrange<2>, arrange<4>},
     {spread<1>, spread<2>, spread<4>}, interleave, transpose, widen, {finish<float>, finish<bfloat16>, finish<float16>},
-    deepen, depthwise, {finish_deep<float>, finish_deep<bfloat16>, finish_deep<float16>}, {dot<1>, dot<2>, dot<4>},
+    deepen, depthwise, {finish_deep<float>, finish_deep<bfloat16>, finish_deep<float16>},
+    {follow<float>, follow<bfloat16>, follow<float16>}, {dot<1>, dot<2>, dot<4>},
 };
 
 }  // namespace ttaq
