@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import codes as cd
 from ._tiles import clamp, expand, gelu, in_order_of, round_half_even
 from ._triton import jit, tl
-from .codes import reference as quantize
 
 KINDS = ("none", "relu", "gelu", "relu6")
 SCHEMA = (
@@ -50,8 +50,14 @@ class Epilogue(NamedTuple):
         return dtype if self.y_scale is None else torch.uint8
 
 
-def finish(y, end: Epilogue, axis: int):
+def finish(y, end: Epilogue, axis: int, quantize=cd.reference):
     """Return (y, moments, nonfinite) for a product whose channels run along `axis`: the specification.
+
+    Args:
+        y: Float.
+        end: What follows.
+        axis: Of the channels.
+        quantize: How codes are made, an implementation of `quantize_codes`.
 
     Returns:
         (y, moments, nonfinite): float32, or what came where nothing follows, or codes; (2, N) float32; int32 (); empty

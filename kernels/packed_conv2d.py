@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from . import _epilogue, _native, _products
+from . import codes as cd
 from ._epilogue import Epilogue, finish, store_finished
 from ._operands import activation_operand, exact_sum, load_codes, weight_operand
 from ._taps import from_rows
@@ -276,7 +277,7 @@ def launch_cpu(
         _products.packed_conv2d(x, *weight, bias, x_scale, x_zero, *last, ending)
     if ends:
         return y, moments, nonfinite if y.numel() else nonfinite.zero_()
-    y, *seen = finish(y, end, 1)
+    y, *seen = finish(y, end, 1, cd.launch_cpu)
     y = _output(x, words.shape[0], *geometry[:4], end.dtype(dtype)).copy_(y) if end.transforms else y.to(dtype)
     return y, *seen
 

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from . import _epilogue, _native, _products
+from . import codes as cd
 from ._epilogue import Epilogue, finish, store_finished
 from ._operands import activation_operand, exact_sum, load_codes, weight_operand
 from ._tiles import without_autocast
@@ -259,7 +260,7 @@ def launch_cpu(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits
             _products.packed_linear(_rows(x, m, k), *weight, bias, *grid, *last, ending)
     if ends:
         return y, moments, nonfinite if y.numel() else nonfinite.zero_()
-    y, *seen = finish(y, end, -1)
+    y, *seen = finish(y, end, -1, cd.launch_cpu)
     return y.to(end.dtype(dtype)), *seen
 
 

@@ -10,6 +10,7 @@ The verbs, in the order of use:
     ttaq.save(packed, "model.safetensors")
     packed = ttaq.load("model.safetensors", architecture)
     adapter = ttaq.adapt(packed, "tent")       # logits = adapter(x), for ever, on a changing stream
+    fused = ttaq.fuse(packed, x)               # or, where nothing is to adapt: codes handed from layer to layer
 
 `ttaq.quantize(model, batches, "w4a4")` is the first four in one. The layers serve alone, too:
 `ttaq.QuantLinear`, `ttaq.QuantConv2d`, `ttaq.PackedLinear`, `ttaq.PackedConv2d`.
@@ -22,6 +23,7 @@ from .checkpoint import load, save
 from .consistency import PCR
 from .dispatch import backend, explain
 from .evaluation import evaluate
+from .fusion import fuse
 from .layers import MatMul, QuantConv2d, QuantLinear, QuantMatMul
 from .packed_layers import PackedConv2d, PackedLinear
 from .packing import pack
@@ -57,6 +59,7 @@ __all__ = [
     "evaluate",
     "explain",
     "find_blocks",
+    "fuse",
     "load",
     "long_tailed",
     "pack",

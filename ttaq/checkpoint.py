@@ -48,6 +48,8 @@ def save(
         ValueError: The model is not packed, or what describes it is not made of plain values.
     """
     report = getattr(model, "ttaq_report", {})
+    if "fused" in report:
+        raise ValueError("save: the model is fused; save the packed model, and fuse what load gives back")
     layers = {name: _describe(name, m) for name, m in model.named_modules() if isinstance(m, _KINDS)}
     if not any(isinstance(m, (PackedLinear, PackedConv2d)) for m in model.modules()):
         raise ValueError("save: the model holds no packed layer; call ttaq.pack on the quantised model first")

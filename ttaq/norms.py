@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from .surgery import replace
 
 MOMENTS = ("running_mean", "running_var")
 
@@ -16,6 +18,41 @@ MOMENTS = ("running_mean", "running_var")
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:
     """List the BatchNorm layers that hold running statistics."""
     return [m for m in module.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+class FrozenBatchNorm(nn.Module):
+    """BatchNorm with the statistics it holds, as ``x * gain + shift`` in float32: two operations, each rounded.
+
+    Args:
+        norm: BatchNorm of any number of axes, with running statistics.
+    """
+
+    def __init__(self, norm: _BatchNorm):
+        super().__init__()
+        mean, var = norm.running_mean.double(), norm.running_var.double()
+        weight, bias = (
+            (1.0, 0.0) if norm.weight is None else (norm.weight.detach().double(), norm.bias.detach().double())
+        )
+        gain = (weight * (var + norm.eps).rsqrt()).float()
+        self.register_buffer("gain", gain)
+        self.register_buffer("shift", (bias - mean * gain.double()).float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, ...) to the same shape and dtype."""
+        shape = (-1, *(1,) * (x.ndim - 2))
+        return (x.float() * self.gain.view(shape) + self.shift.view(shape)).to(x.dtype)
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Put FrozenBatchNorm in the place of every BatchNorm that holds statistics, in place.
+
+    A layer that goes on with an activation of its own, as timm's do, becomes a sequence of both.
+    """
+    for name, norm in [(n, m) for n, m in model.named_modules() if m in set(batch_norms(model))]:
+        frozen = FrozenBatchNorm(norm)
+        more = [part for part in (getattr(norm, "drop", None), getattr(norm, "act", None)) if part is not None]
+        replace(model, name, nn.Sequential(frozen, *more) if more else frozen)
+    return model
 
 
 @contextmanager

@@ -90,13 +90,14 @@ class PackedLinear(_PackedLayer):
         """Return (N, K)."""
         return self.out_features, self.in_features
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (..., K) to (..., N)."""
+    def forward(self, x: Tensor, **follows) -> Tensor:
+        """Map (..., K) to (..., N); `follows` and codes for `x` are those of `ops.packed_linear`."""
         _check_inputs("PackedLinear", x, -1, self.in_features)
         grid = row_grid(self.input_quantizer, x)
         y, count = ops.packed_linear(
-            x, self.words, self.scale, self.zero, self.bias, bits=self.spec.bits, group=self.spec.group, **grid
-        )
+            x, self.words, self.scale, self.zero, self.bias, bits=self.spec.bits, group=self.spec.group, **grid,
+            **follows,
+        )  # fmt: skip
         return counted(self, y, count)
 
     def _raw(self, x):
@@ -140,14 +141,21 @@ class PackedConv2d(_PackedLayer):
         """Return (O, C / groups, R, S)."""
         return self.out_channels, self.in_channels // self.groups, *self.kernel_size
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to (B, O, H', W')."""
+    @property
+    def pads_apart(self) -> bool:
+        """Whether the input is padded before the op, which takes equal sides of zeros alone."""
+        sides = self._reversed_padding_repeated_twice
+        unequal = isinstance(self.padding, str) and (sides[0] != sides[1] or sides[2] != sides[3])
+        return self.padding_mode != "zeros" or unequal
+
+    def forward(self, x: Tensor, **follows) -> Tensor:
+        """Map (B, C, H, W) to (B, O, H', W'); `follows` and codes for `x` are those of `ops.packed_conv2d`."""
         _check_inputs("PackedConv2d", x, -3, self.in_channels)
         x, padding = pad_input(self, x)
         grid = activation_grid(self.input_quantizer, x)
         y, count = ops.packed_conv2d(
             x, self.words, self.scale, self.zero, self.bias, bits=self.spec.bits, kernel_size=self.kernel_size,
-            stride=self.stride, padding=padding, dilation=self.dilation, groups=self.groups, **grid,
+            stride=self.stride, padding=padding, dilation=self.dilation, groups=self.groups, **grid, **follows,
         )  # fmt: skip
         return counted(self, y, count)
 

@@ -1,6 +1,7 @@
 // Panels, and the values of a tile.
 #include "integer_product.h"
 
+#include <math.h>
 #include <string.h>
 
 #include "arguments.h"
@@ -36,7 +37,7 @@ void move(void* tile_, int64_t outputs, int64_t rows, const int64_t* starts, int
   T *tile = static_cast<T*>(tile_), *y = static_cast<T*>(y_);
   for (int64_t j = 0; j < outputs; ++j)
     for (int64_t i = 0; i < rows; ++i) {
-      T &inside = tile[i * MOST_PANELS * LANES + j], &outside = y[starts[i] + j * apart];
+      T &inside = tile[i * MOST_PANELS * PANEL_OUTPUTS + j], &outside = y[starts[i] + j * apart];
       (OUT ? outside : inside) = OUT ? inside : outside;
     }
 }
@@ -64,11 +65,11 @@ uint8_t* kept(Purpose purpose, int64_t bytes) {
 }
 
 Panels::Panels(const PackedWeight& weight, const Kernels& kernels, const Products& products, int threads)
-    : per_group_(ceil_div(weight.outputs, LANES)),
+    : per_group_(ceil_div(weight.outputs, PANEL_OUTPUTS)),
       panels_(weight.groups * per_group_),
-      size_(weight.taps * weight.dwords() * LANES),
+      size_(weight.taps * weight.dwords() * PANEL_OUTPUTS),
       words_(reinterpret_cast<uint32_t*>(kept(FOR_PANELS, panels_ * size_ * 4))),
-      shift_(size_t(weight.pieces * panels_ * LANES)),
+      shift_(size_t(weight.pieces * panels_ * PANEL_OUTPUTS)),
       sum_(shift_.size()),
       scale_(shift_.size()) {
   std::vector<uint8_t> ones(size_t(weight.cell_bytes()));
@@ -85,12 +86,12 @@ Panels::Panels(const PackedWeight& weight, const Kernels& kernels, const Product
 
 void Panels::fill(const PackedWeight& weight, const Kernels& kernels, const Products& products, int64_t panel) {
   const int64_t bytes = weight.taps * weight.dwords() * 4, group = panel / per_group_;
-  const int64_t first = panel % per_group_ * LANES;
+  const int64_t first = panel % per_group_ * PANEL_OUTPUTS;
   const bool in_place = weight.in_place();
-  std::vector<uint8_t> aligned(size_t(in_place ? bytes : LANES * bytes)), codes;
+  std::vector<uint8_t> aligned(size_t(in_place ? bytes : PANEL_OUTPUTS * bytes)), codes;
   if (!in_place) codes.resize(size_t(weight.taps * weight.channels));
-  const uint8_t* rows[LANES];
-  for (int64_t lane = 0; lane < LANES; ++lane) {
+  const uint8_t* rows[PANEL_OUTPUTS];
+  for (int64_t lane = 0; lane < PANEL_OUTPUTS; ++lane) {
     const uint8_t* row = weight.words + (group * weight.outputs + first + lane) * weight.row_bytes;
     const bool there = first + lane < weight.outputs;
     rows[lane] = in_place && there ? row : aligned.data() + (in_place ? 0 : lane * bytes);
@@ -101,13 +102,13 @@ void Panels::fill(const PackedWeight& weight, const Kernels& kernels, const Prod
 
 void Panels::add_up(const PackedWeight& weight, const Products& products, const uint8_t* ones, int64_t panel) {
   const int64_t dwords = weight.dwords() / weight.pieces, terms = weight.taps * weight.channels / weight.pieces;
-  const int64_t first = panel % per_group_ * LANES, output = panel / per_group_ * weight.outputs + first;
+  const int64_t first = panel % per_group_ * PANEL_OUTPUTS, output = panel / per_group_ * weight.outputs + first;
   const std::vector<int64_t> here(size_t(weight.taps), 0);
-  int32_t sums[MOST_PANELS * LANES];
+  int32_t sums[MOST_PANELS * PANEL_OUTPUTS];
   for (int64_t piece = 0; piece < weight.pieces; ++piece) {
     products.integer[weight.planes() / 2][0][0](
-        {&ones, here.data(), weight.taps, dwords, words(panel) + piece * dwords * LANES, size_, sums});
-    for (int64_t lane = 0; lane < std::min<int64_t>(LANES, weight.outputs - first); ++lane) {
+        {&ones, here.data(), weight.taps, dwords, words(panel) + piece * dwords * PANEL_OUTPUTS, size_, sums});
+    for (int64_t lane = 0; lane < std::min<int64_t>(PANEL_OUTPUTS, weight.outputs - first); ++lane) {
       const int64_t from = (output + lane) * weight.pieces + piece, to = at(piece, panel) + lane;
       const int32_t shift = int32_t(weight.zero[from] - weight.offset());
       shift_[size_t(to)] = shift;
@@ -117,48 +118,43 @@ void Panels::add_up(const PackedWeight& weight, const Products& products, const 
   }
 }
 
-Ending::Ending(const ttaq_ending* given, int dtype, const Kernels& kernels, const Products& products)
-    : given_(given), dtype_(dtype), kernels_(kernels), products_(products) {
-  if (given && given->nonfinite) *given->nonfinite = 0;
+Follows::Follows(const ttaq_ending* given, int dtype) : given_(given), bytes_(bytes_of(dtype)), ending_{} {
+  if (!given) return;
+  const bool codes = given->y_scale != nullptr;
+  ending_ = {given->gain, given->shift, given->least > -INFINITY || given->most < INFINITY, codes, given->least,
+             given->most, codes ? *given->y_scale : 1.0f, codes ? float(*given->y_zero) : 0.0f,
+             {0.0f, float((1 << given->y_bits) - 1)}};
+  if (codes) *given->nonfinite = 0;
 }
 
-int64_t Ending::y_bytes() const { return given_ && given_->y_scale ? 1 : bytes_of(dtype_); }
-
-const uint8_t* Ending::residual(int64_t element) const {
-  if (!given_ || !given_->residual) return nullptr;
-  return static_cast<const uint8_t*>(given_->residual) + element * bytes_of(dtype_);
-}
-
-void Ending::write(float* row, int64_t output, int64_t outputs, const void* residual, void* y) const {
-  const ttaq_ending& e = *given_;
-  products_.follow[dtype_]({row, outputs, e.gain ? e.gain + output : nullptr, e.gain ? e.shift + output : nullptr,
-                            residual, e.least, e.most, e.y_scale ? nullptr : y});
-  if (!e.y_scale) return;
-  const float zero = float(*e.y_zero);
-  const int64_t bad = kernels_.codes[ROW][TTAQ_FLOAT32](row, static_cast<uint8_t*>(y), {outputs, 1, outputs}, e.y_scale,
-                                                        &zero, {0.0f, float((1 << e.y_bits) - 1)});
-  if (bad) __atomic_fetch_add(e.nonfinite, int32_t(bad), __ATOMIC_RELAXED);
+void Follows::count(int32_t nonfinite) const {
+  if (nonfinite) __atomic_fetch_add(given_->nonfinite, nonfinite, __ATOMIC_RELAXED);
 }
 
 void write_tile(const PackedWeight& weight, const Panels& panels, const Products& products, const CellRuns& runs,
                 const Values& v, int64_t group, int64_t panel, int wide, int64_t first, int rows,
                 const uint8_t* const* cells, const int32_t* x_sums) {
-  constexpr int64_t WIDE = MOST_PANELS * LANES;
+  constexpr int64_t WIDE = MOST_PANELS * PANEL_OUTPUTS;
   const int64_t at = group * panels.per_group() + panel, dwords = weight.dwords() / weight.pieces;
-  const int outputs = int(std::min<int64_t>(wide * LANES, weight.outputs - panel * LANES));
-  const int64_t size = v.ending.y_bytes(), output = group * weight.outputs + panel * LANES;
+  const int outputs = int(std::min<int64_t>(wide * PANEL_OUTPUTS, weight.outputs - panel * PANEL_OUTPUTS));
+  const int64_t size = v.follows.y_bytes(), output = group * weight.outputs + panel * PANEL_OUTPUTS;
   int32_t sums[MOST_ROWS * WIDE], x_zero[MOST_ROWS];
   float values[MOST_ROWS * WIDE], x_scale[MOST_ROWS];
   uint8_t scratch[MOST_ROWS * WIDE * 4], residuals[MOST_ROWS * WIDE * 4];
   int64_t starts[MOST_ROWS];
-  void *y[MOST_ROWS], *finished[MOST_ROWS];
+  void* y[MOST_ROWS];
+  const void* residual[MOST_ROWS];
+  const bool adds = v.follows.residual(), apart = adds && v.output != 1;
   for (int i = 0; i < rows; ++i) {
     x_scale[i] = v.x_scale[v.token ? first + i : 0];
     x_zero[i] = v.x_zero[v.token ? first + i : 0];
     starts[i] = v.start(first + i) + output * v.output;
     y[i] = v.output == 1 ? static_cast<uint8_t*>(v.y) + starts[i] * size : scratch + i * WIDE * size;
-    finished[i] = v.ending ? values + i * WIDE : y[i];
+    residual[i] = apart ? residuals + i * WIDE * v.follows.bytes() : v.follows.residual() + starts[i] * v.follows.bytes();
   }
+  if (apart)
+    move<false>(v.follows.bytes(), residuals, outputs, rows, starts, v.output,
+                const_cast<uint8_t*>(v.follows.residual()));
   const uint8_t* moved[MOST_ROWS];
   for (int64_t piece = 0; piece < weight.pieces; ++piece) {
     if (piece) {  // a layer whose weight has groups has one tap
@@ -166,20 +162,11 @@ void write_tile(const PackedWeight& weight, const Panels& panels, const Products
     }
     products.integer[weight.planes() / 2][rows - 1][wide - 1](
         {piece ? moved : cells, runs.offsets.data(), int64_t(runs.offsets.size()), runs.length * dwords,
-         panels.words(at) + piece * dwords * LANES, panels.size(), sums});
-    products.finish[v.ending ? TTAQ_FLOAT32 : v.dtype](
+         panels.words(at) + piece * dwords * PANEL_OUTPUTS, panels.size(), sums});
+    v.follows.count(products.finish[v.dtype](
         {sums, rows, outputs, panels.shift(piece, at), panels.sum(piece, at), panels.scale(piece, at),
-         v.bias ? v.bias + output : nullptr, x_sums + piece * rows, x_zero, x_scale, values, finished, piece == 0,
-         piece + 1 == weight.pieces});
-  }
-  if (v.ending) {
-    const int64_t wide_as = bytes_of(v.dtype);
-    const bool apart = v.ending.residual(0) && v.output != 1;
-    if (apart)
-      move<false>(wide_as, residuals, outputs, rows, starts, v.output, const_cast<uint8_t*>(v.ending.residual(0)));
-    for (int i = 0; i < rows; ++i)
-      v.ending.write(values + i * WIDE, output, outputs,
-                     apart ? residuals + i * WIDE * wide_as : v.ending.residual(starts[i]), y[i]);
+         v.bias ? v.bias + output : nullptr, x_sums + piece * rows, x_zero, x_scale, values, y, piece == 0,
+         piece + 1 == weight.pieces, v.follows.ending(), output, adds ? residual : nullptr}));
   }
   if (v.output != 1) move<true>(size, scratch, outputs, rows, starts, v.output, v.y);
 }

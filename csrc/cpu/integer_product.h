@@ -58,7 +58,7 @@ class Panels {
   const float* scale(int64_t piece, int64_t panel) const { return scale_.data() + at(piece, panel); }
 
  private:
-  int64_t at(int64_t piece, int64_t panel) const { return (piece * panels_ + panel) * LANES; }
+  int64_t at(int64_t piece, int64_t panel) const { return (piece * panels_ + panel) * PANEL_OUTPUTS; }
   void fill(const PackedWeight& weight, const Kernels& kernels, const Products& products, int64_t panel);
   void add_up(const PackedWeight& weight, const Products& products, const uint8_t* ones, int64_t panel);
 
@@ -68,22 +68,21 @@ class Panels {
   std::vector<float> scale_;
 };
 
-// What follows the values of a layer, ready to be applied to parts of a row.
-class Ending {
+// What follows the values of a layer, and where that finds its inputs and leaves what it sees.
+class Follows {
  public:
-  Ending(const ttaq_ending* given, int dtype, const Kernels& kernels, const Products& products);
+  Follows(const ttaq_ending* given, int dtype);
 
-  explicit operator bool() const { return given_ != nullptr; }
-  int64_t y_bytes() const;                        // of an element
-  const uint8_t* residual(int64_t element) const;  // null where there is none
-  // Takes the values of `outputs` outputs from `output` on to `y`; `row` is overwritten.
-  void write(float* row, int64_t output, int64_t outputs, const void* residual, void* y) const;
+  const Ending* ending() const { return given_ ? &ending_ : nullptr; }
+  int64_t y_bytes() const { return given_ && ending_.codes ? 1 : bytes_; }  // of an element
+  int64_t bytes() const { return bytes_; }                                  // of an element of the residual
+  const uint8_t* residual() const { return given_ ? static_cast<const uint8_t*>(given_->residual) : nullptr; }
+  void count(int32_t nonfinite) const;
 
  private:
   const ttaq_ending* given_;
-  int dtype_;
-  const Kernels& kernels_;
-  const Products& products_;
+  int64_t bytes_;
+  Ending ending_;
 };
 
 // The grid of the activations, and where the values of a layer go: row m begins at
@@ -96,7 +95,7 @@ struct Values {
   void* y;
   int dtype;
   int64_t rows, pixels, image, pixel, output;
-  const Ending& ending;
+  const Follows& follows;
 
   int64_t start(int64_t row) const { return row / pixels * image + row % pixels * pixel; }  // element of y
 };

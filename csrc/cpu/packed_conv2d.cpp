@@ -147,27 +147,25 @@ void depthwise(const PackedWeight& weight, const Kernels& kernels, const Product
   std::vector<int64_t> offsets;
   for (int64_t r = 0; r < g.kernel_h; ++r)
     for (int64_t s = 0; s < g.kernel_w; ++s) offsets.push_back(behind(g, r, s) * width);
-  const Ending& ending = values.ending;
-  const int64_t size = ending.y_bytes(), wide_as = bytes_of(values.dtype), apart = values.output;
-  const bool gathers = apart != 1 && ending.residual(0);
+  const Follows& follows = values.follows;
+  const int64_t size = follows.y_bytes(), wide_as = follows.bytes(), apart = values.output;
+  const bool gathers = apart != 1 && follows.residual();
   parallel_for(values.rows, threads, [&](int64_t first, int64_t last) {
     std::vector<int32_t> sums(size_t(2 * width), 0);
     std::vector<uint8_t> row(size_t(apart == 1 ? 0 : g.channels * size));
     std::vector<uint8_t> residual(size_t(gathers ? g.channels * wide_as : 0));
-    std::vector<float> finished(size_t(ending ? g.channels : 0));
     for (int64_t m = first; m < last; ++m) {
       products.depthwise(codes + cell_of(g, 0, m) * width, offsets.data(), deep.weights.data(), g.taps(), width,
                          sums.data(), sums.data() + width);
       const int64_t start = values.start(m);
       uint8_t* y = static_cast<uint8_t*>(values.y) + start * size;
-      void* made = row.empty() ? y : row.data();
-      products.finish_deep[ending ? TTAQ_FLOAT32 : values.dtype](
-          {sums.data(), sums.data() + width, deep.shift.data(), deep.sum.data(), weight.scale, values.bias, g.channels,
-           values.x_scale[0], values.x_zero[0], ending ? finished.data() : made});
+      const uint8_t* added = follows.residual() ? follows.residual() + start * wide_as : nullptr;
       for (int64_t c = 0; gathers && c < g.channels; ++c)
-        memcpy(&residual[size_t(c * wide_as)], ending.residual(start + c * apart), size_t(wide_as));
-      if (ending)
-        ending.write(finished.data(), 0, g.channels, gathers ? residual.data() : ending.residual(start), made);
+        memcpy(&residual[size_t(c * wide_as)], added + c * apart * wide_as, size_t(wide_as));
+      follows.count(products.finish_deep[values.dtype](
+          {sums.data(), sums.data() + width, deep.shift.data(), deep.sum.data(), weight.scale, values.bias, g.channels,
+           values.x_scale[0], values.x_zero[0], row.empty() ? y : row.data(), follows.ending(),
+           gathers ? residual.data() : added}));
       for (int64_t c = 0; !row.empty() && c < g.channels; ++c)
         memcpy(y + c * apart * size, row.data() + c * size, size_t(size));
     }
@@ -198,10 +196,10 @@ int ttaq_cpu_packed_conv2d(const uint8_t* x, const uint8_t* words, const float* 
   memcpy(&g, geometry, sizeof g);
   const PackedWeight weight{words, ceil_div(g.taps() * g.inputs() * bits, 8), bits, panel_bits(bits, g.inputs()),
                             g.groups, g.group_outputs(), g.taps(), g.inputs(), 1, scale, zero};
-  const Ending ending(given, dtype, *kernels, *products);
+  const Follows follows(given, dtype);
   const Values values{x_scale, x_zero, false, bias, y, dtype, g.batch * g.out_pixels(), g.out_pixels(),
                       g.outputs * g.out_pixels(), channels_last ? g.outputs : 1, channels_last ? 1 : g.out_pixels(),
-                      ending};
+                      follows};
   try {
     if (g.alone()) {  // cells of all channels
       Geometry whole = g;

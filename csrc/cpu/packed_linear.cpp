@@ -40,7 +40,7 @@ void by_panels(const PackedWeight& weight, const Kernels& kernels, const Product
 // Multiplies a few rows of codes with the words as they lie: making panels would cost more than it saves.
 void by_rows(const PackedWeight& weight, const Kernels& kernels, const Products& products, const uint8_t* x,
              int64_t stride, const Values& values, int threads) {
-  constexpr int64_t ROW = MOST_PANELS * LANES;
+  constexpr int64_t ROW = MOST_PANELS * PANEL_OUTPUTS;
   const int planes = weight.planes(), inputs = int(values.rows);
   const int64_t k = weight.channels, bytes = ceil_div(k * weight.bits, 8), stream = ceil_div(bytes, 64) * 64;
   std::vector<uint8_t> codes(size_t(inputs * planes * stream), 0);
@@ -52,12 +52,10 @@ void by_rows(const PackedWeight& weight, const Kernels& kernels, const Products&
     x_scale[m] = values.x_scale[values.token ? m : 0];
     x_zero[m] = values.x_zero[values.token ? m : 0];
   }
-  const Ending& ending = values.ending;
-  const int64_t size = ending.y_bytes();
+  const Follows& follows = values.follows;
   parallel_for(ceil_div(weight.outputs, ROW), threads, [&](int64_t begin, int64_t end) {
     std::vector<uint8_t> wide(size_t(weight.bits == weight.stored ? 0 : 4 * bytes));
     int32_t sums[FEW * ROW], shift[ROW], code_sums[ROW], block[16];
-    float finished[FEW * ROW];
     for (int64_t first = begin * ROW; first < std::min(weight.outputs, end * ROW); first += ROW) {
       const int outputs = int(std::min(ROW, weight.outputs - first));
       for (int j = 0; j < outputs; j += 4) {
@@ -76,16 +74,17 @@ void by_rows(const PackedWeight& weight, const Kernels& kernels, const Products&
           code_sums[j + i] = int32_t(uint32_t(code_sums[j + i]) - uint32_t(k) * uint32_t(shift[j + i]));
         }
       }
-      void *y[FEW], *rows[FEW];
+      void* y[FEW];
+      const void* residual[FEW];
       for (int m = 0; m < inputs; ++m) {
-        y[m] = static_cast<uint8_t*>(values.y) + (m * weight.outputs + first) * size;
-        rows[m] = ending ? finished + m * ROW : y[m];
+        const int64_t at = m * weight.outputs + first;
+        y[m] = static_cast<uint8_t*>(values.y) + at * follows.y_bytes();
+        residual[m] = follows.residual() + at * follows.bytes();
       }
-      products.finish[ending ? TTAQ_FLOAT32 : values.dtype](
+      follows.count(products.finish[values.dtype](
           {sums, inputs, outputs, shift, code_sums, weight.scale + first, values.bias ? values.bias + first : nullptr,
-           x_sums, x_zero, x_scale, nullptr, rows, true, true});
-      for (int m = 0; ending && m < inputs; ++m)
-        ending.write(finished + m * ROW, first, outputs, ending.residual(m * weight.outputs + first), y[m]);
+           x_sums, x_zero, x_scale, nullptr, y, true, true, follows.ending(), first,
+           follows.residual() ? residual : nullptr}));
     }
   });
 }
@@ -107,8 +106,8 @@ int ttaq_cpu_packed_linear(const uint8_t* x, int64_t stride, const uint8_t* word
   if (group && (k % group || group * (bits == 3 ? 4 : bits) % 32)) return TTAQ_BAD_GROUP;
   const PackedWeight weight{words, ceil_div(k * bits, 8), bits, bits == 3 ? 4 : bits, 1, n, 1, k,
                             group ? k / group : 1, scale, zero};
-  const Ending ending(given, dtype, *kernels, *products);
-  const Values values{x_scale, x_zero, token != 0, bias, y, dtype, m, 1, n, 0, 1, ending};
+  const Follows follows(given, dtype);
+  const Values values{x_scale, x_zero, token != 0, bias, y, dtype, m, 1, n, 0, 1, follows};
   const bool few = m <= FEW && products->dot[0] && weight.pieces == 1;
   try {
     (few ? by_rows : by_panels)(weight, *kernels, *products, x, stride, values, threads);

@@ -1,7 +1,6 @@
 // The inner loops of convolutions of each channel by itself.
 #pragma once
 
-#include "number.h"
 #include "product_vector.h"
 
 namespace ttaq {
@@ -81,19 +80,6 @@ void depthwise(const uint8_t* cell, const int64_t* offsets, const int8_t* deep, 
 }
 
 #endif
-
-template <class T>
-void finish_deep(const FinishDeep& f) {
-  T* y = (T*)f.y;
-  const uint32_t x_zero = uint32_t(f.x_zero);
-#pragma omp simd
-  for (int64_t c = 0; c < f.channels; ++c) {
-    const uint32_t exact =
-        uint32_t(f.sums[c]) - uint32_t(f.shift[c]) * uint32_t(f.code_sums[c]) - x_zero * uint32_t(f.weight_sum[c]);
-    const float value = float(int32_t(exact)) * (f.x_scale * f.scale[c]);
-    narrow(f.bias ? value + f.bias[c] : value, y[c]);
-  }
-}
 
 }  // namespace
 }  // namespace ttaq

@@ -2,6 +2,7 @@
 #include "number.h"
 #include "product.h"
 #include "product_deep.h"
+#include "product_finish.h"
 #include "product_prepare.h"
 #include "product_rows.h"
 #include "product_vector.h"
@@ -35,7 +36,7 @@ __attribute__((noinline)) void integer(const IntegerTile& tile) {
     const uint8_t* x[ROWS];
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i) x[i] = tile.cells[i] + tile.offsets[run];
-    for (int64_t at = 0; at < 4 * PLANES * tile.dwords; at += 4 * PLANES, word += LANES) {
+    for (int64_t at = 0; at < 4 * PLANES * tile.dwords; at += 4 * PLANES, word += PANEL_OUTPUTS) {
       Vector words[COUNT];
 #pragma GCC unroll 3
       for (int j = 0; j < COUNT; ++j) words[j] = load(word + j / PER_PANEL * tile.panel + j % PER_PANEL * STEP);
@@ -49,55 +50,6 @@ __attribute__((noinline)) void integer(const IntegerTile& tile) {
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 3
     for (int j = 0; j < COUNT; ++j) store(tile.sums + i * ROW + j * STEP, sums[i][j]);
-}
-
-template <class T, bool FIRST, bool LAST>
-void finish_rows(const Finish& f) {
-  for (int i = 0; i < f.rows; ++i) {
-    const uint32_t x_sum = uint32_t(f.x_sum[i]), x_zero = uint32_t(f.x_zero[i]);
-    const int32_t* sums = f.sums + i * ROW;
-    float* values = f.values + i * ROW;
-    T* y = (T*)f.y[i];
-#pragma omp simd
-    for (int j = 0; j < f.outputs; ++j) {  // modulo 2^32: only the result has to fit
-      const uint32_t exact = uint32_t(sums[j]) - uint32_t(f.shift[j]) * x_sum - x_zero * uint32_t(f.weight_sum[j]);
-      float value = float(int32_t(exact)) * (f.x_scale[i] * f.scale[j]);
-      if (!FIRST) value += values[j];
-      if (LAST)
-        narrow(f.bias ? value + f.bias[j] : value, y[j]);
-      else
-        values[j] = value;
-    }
-  }
-}
-
-template <class T>
-void finish(const Finish& f) {
-  if (f.first)
-    (f.last ? finish_rows<T, true, true> : finish_rows<T, true, false>)(f);
-  else
-    (f.last ? finish_rows<T, false, true> : finish_rows<T, false, false>)(f);
-}
-
-template <class T>
-void follow(const Follow& f) {
-  const T* residual = (const T*)f.residual;
-  T* y = (T*)f.y;
-  float* row = f.row;
-  if (f.gain) {
-#pragma omp simd
-    for (int64_t j = 0; j < f.outputs; ++j) row[j] = row[j] * f.gain[j] + f.shift[j];
-  }
-  if (residual) {
-#pragma omp simd
-    for (int64_t j = 0; j < f.outputs; ++j) row[j] += ttaq::widen(residual[j]);
-  }
-#pragma omp simd
-  for (int64_t j = 0; j < f.outputs; ++j) {  // no negative zero behind a ReLU, and a NaN stays
-    const float low = row[j] <= f.least ? f.least : row[j];
-    row[j] = low > f.most ? f.most : low;
-  }
-  for (int64_t j = 0; y && j < f.outputs; ++j) narrow(row[j], y[j]);
 }
 
 #define ROWS_OF(planes, rows) {OF(planes, rows, 1), OF(planes, rows, 2), OF(planes, rows, 3)}
@@ -121,8 +73,7 @@ constexpr auto entry() -> void (*)(const IntegerTile&) {
 const Products TTAQ_LEVEL::products = {
     TALLEST, WIDEST, {PLANES_OF(1), PLANES_OF(2), PLANES_OF(4)}, {arrange<1>, arrange<2>, arrange<4>},
     {spread<1>, spread<2>, spread<4>}, interleave, transpose, widen, {finish<float>, finish<bfloat16>, finish<float16>},
-    deepen, depthwise, {finish_deep<float>, finish_deep<bfloat16>, finish_deep<float16>},
-    {follow<float>, follow<bfloat16>, follow<float16>}, {dot<1>, dot<2>, dot<4>},
+    deepen, depthwise, {finish_deep<float>, finish_deep<bfloat16>, finish_deep<float16>}, {dot<1>, dot<2>, dot<4>},
 };
 
 }  // namespace ttaq

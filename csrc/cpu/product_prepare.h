@@ -16,30 +16,30 @@ void spread(const uint8_t* codes, int64_t n, uint8_t* planes, int64_t stream) {
 #if defined(__AVX512F__)
 
 inline void transpose_square(const uint8_t* const* rows, int64_t at, uint32_t flipped, uint32_t* square) {
-  __m512i a[LANES], b[LANES];
+  __m512i a[PANEL_OUTPUTS], b[PANEL_OUTPUTS];
   // The next panel's words are asked for: short rows in turn look like no stream to the processor.
-  const int64_t ahead = LANES * (intptr_t(rows[1]) - intptr_t(rows[0]));
-  for (int i = 0; i < LANES; ++i) _mm_prefetch((const char*)(intptr_t(rows[i]) + at + ahead), _MM_HINT_T0);
-  for (int i = 0; i < LANES; ++i)
+  const int64_t ahead = PANEL_OUTPUTS * (intptr_t(rows[1]) - intptr_t(rows[0]));
+  for (int i = 0; i < PANEL_OUTPUTS; ++i) _mm_prefetch((const char*)(intptr_t(rows[i]) + at + ahead), _MM_HINT_T0);
+  for (int i = 0; i < PANEL_OUTPUTS; ++i)
     a[i] = _mm512_xor_si512(_mm512_loadu_si512(rows[i] + at), _mm512_set1_epi32(int32_t(flipped)));
-  for (int i = 0; i < LANES; i += 2) {
+  for (int i = 0; i < PANEL_OUTPUTS; i += 2) {
     b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
     b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
   }
-  for (int i = 0; i < LANES; i += 4) {
+  for (int i = 0; i < PANEL_OUTPUTS; i += 4) {
     a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
     a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
     a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
     a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
   }
-  for (int i = 0; i < LANES; i += 8)
+  for (int i = 0; i < PANEL_OUTPUTS; i += 8)
     for (int j = i; j < i + 4; ++j) {
       b[j] = _mm512_shuffle_i32x4(a[j], a[j + 4], 0x88);
       b[j + 4] = _mm512_shuffle_i32x4(a[j], a[j + 4], 0xdd);
     }
   for (int i = 0; i < 8; ++i) {
-    _mm512_storeu_si512(square + LANES * i, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
-    _mm512_storeu_si512(square + LANES * (i + 8), _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+    _mm512_storeu_si512(square + PANEL_OUTPUTS * i, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+    _mm512_storeu_si512(square + PANEL_OUTPUTS * (i + 8), _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
   }
 }
 
@@ -139,11 +139,11 @@ void interleave(const uint8_t* rows, int64_t stride, uint8_t* columns, int64_t c
 void transpose(const uint8_t* const* rows, int64_t dwords, uint32_t flipped, uint32_t* panel) {
   int64_t d = 0;
 #if defined(__AVX512F__)
-  for (; d + LANES <= dwords; d += LANES) transpose_square(rows, 4 * d, flipped, panel + d * LANES);
+  for (; d + PANEL_OUTPUTS <= dwords; d += PANEL_OUTPUTS) transpose_square(rows, 4 * d, flipped, panel + d * PANEL_OUTPUTS);
 #endif
   for (; d < dwords; ++d)
-    for (int lane = 0; lane < LANES; ++lane)
-      panel[d * LANES + lane] = uint32_t(dword_at(rows[lane] + 4 * d)) ^ flipped;
+    for (int lane = 0; lane < PANEL_OUTPUTS; ++lane)
+      panel[d * PANEL_OUTPUTS + lane] = uint32_t(dword_at(rows[lane] + 4 * d)) ^ flipped;
 }
 
 // Spreads n codes of 3 bits to 4; the last byte may hold one code and a zero.

@@ -62,7 +62,7 @@ inline Vector add_products(Vector sums, Vector x, Vector w) {
 
 constexpr int TALLEST = 4, WIDEST = 1, PER_PANEL = 1;
 struct Vector {
-  int32_t lane[LANES];
+  int32_t lane[PANEL_OUTPUTS];
 };
 
 inline Vector nothing() { return {}; }
@@ -78,7 +78,7 @@ inline Vector everywhere(int32_t dword) {
   return value;
 }
 inline Vector both(Vector a, Vector b) {
-  for (int i = 0; i < LANES; ++i) a.lane[i] &= b.lane[i];
+  for (int i = 0; i < PANEL_OUTPUTS; ++i) a.lane[i] &= b.lane[i];
   return a;
 }
 template <int BITS>
@@ -88,7 +88,7 @@ inline Vector shifted(Vector value) {
 }
 template <int PLANES>
 inline Vector add_products(Vector sums, Vector x, Vector w) {
-  for (int i = 0; i < LANES; ++i)
+  for (int i = 0; i < PANEL_OUTPUTS; ++i)
     for (int byte = 0; byte < 32; byte += 8)
       sums.lane[i] += ((x.lane[i] >> byte) & 255) * int32_t(int8_t(w.lane[i] >> byte));
   return sums;
@@ -96,7 +96,7 @@ inline Vector add_products(Vector sums, Vector x, Vector w) {
 
 #endif
 
-constexpr int STEP = LANES / PER_PANEL, ROW = MOST_PANELS * LANES;
+constexpr int STEP = PANEL_OUTPUTS / PER_PANEL, ROW = MOST_PANELS * PANEL_OUTPUTS;
 
 template <int PLANES>
 inline Vector mask() {
