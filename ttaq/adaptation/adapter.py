@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from .guard import Guard, Skip, finite
 from .losses import entropy
 from .method import Method
+from .state import read_state, write_state
 from .statistics import restore_statistics
 
 FORMAT = 1
@@ -153,6 +156,22 @@ class Adapter(nn.Module):
         for name, value in state["counters"].items():
             setattr(self, name, value)
 
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write the state to a file, whole or not at all: a process that dies while it writes leaves the old one.
+
+        Returns:
+            `path`.
+        """
+        return write_state(self.state_dict(), path)
+
+    def resume(self, path: str | os.PathLike) -> None:
+        """Continue from what `save` wrote, bit for bit, on an Adapter made with the same model and arguments.
+
+        Raises:
+            ValueError: There is no file, it is no state, or one of another format, method or model.
+        """
+        self.load_state_dict(read_state(path, self._home(torch.empty(0))))
+
     def export(self) -> nn.Module:
         """Return the adapted model as a plain one: eval mode, ordinary norm layers, no memory shared."""
         with _plain(grad=False):
@@ -230,10 +249,14 @@ class Adapter(nn.Module):
         if not isinstance(x, Tensor) or x.dim() < 2:
             got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"Adapter: a batch must be a tensor of shape (batch, ...), got {got}; stack the images")
-        home = next((t for t in chain(self.model.parameters(), self.model.buffers())), x).device
+        home = self._home(x)
         if x.device != home:
             raise ValueError(f"Adapter: the batch is on {x.device} and the model on {home}; pass x.to({str(home)!r})")
         return x.clone() if x.is_inference() else x
+
+    def _home(self, other: Tensor) -> torch.device:
+        """Return the model's device, that of `other` where the model holds no tensor."""
+        return next((t for t in chain(self.model.parameters(), self.model.buffers())), other).device
 
     def _refuse(self, state: dict[str, Any], live: dict[str, Tensor]) -> None:
         if not isinstance(state, dict) or not {"format", "method", "tensors", "memory", "counters"} <= state.keys():

@@ -1,0 +1,44 @@
+"""The state of an Adapter on disk: written whole or not at all, read without running what is in it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files import write_atomically
+
+
+def write_state(state: dict[str, Any], path: str | os.PathLike) -> Path:
+    """Write a state so that `path` only ever leads to the old one or to all of the new, whenever the process dies.
+
+    Args:
+        state: What `Adapter.state_dict` gave: tensors, numbers and text, in dicts, lists and tuples.
+        path: The file.
+
+    Returns:
+        `path`.
+    """
+    return write_atomically(path, lambda draft: torch.save(state, draft))
+
+
+def read_state(path: str | os.PathLike, device: torch.device) -> dict[str, Any]:
+    """Read a state; tensors and plain values are taken, nothing else.
+
+    Args:
+        path: A file that `write_state` wrote.
+        device: Where its tensors go.
+
+    Raises:
+        ValueError: There is no such file, or it holds no state.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"Adapter.resume: there is no file {path}; give the path that Adapter.save wrote")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"Adapter.resume: {path} holds no state of an Adapter ({reason}); start afresh") from error
