@@ -40,5 +40,5 @@ def read_state(path: str | os.PathLike, device: torch.device) -> dict[str, Any]:
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"Adapter.resume: {path} holds no state of an Adapter ({reason}); start afresh") from error
