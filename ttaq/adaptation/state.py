@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,10 @@ def read_state(path: str | os.PathLike, device: torch.device) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise ValueError(f"Adapter.resume: there is no file {path}; give the path that Adapter.save wrote")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"Adapter.resume: {path} holds no state of an Adapter, or a part of one; start afresh")
     try:
         return torch.load(path, map_location=device, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
         raise ValueError(f"Adapter.resume: {path} holds no state of an Adapter ({reason}); start afresh") from error
