@@ -81,7 +81,7 @@ def straight_tent(model, batches, lr=1e-3, batch_statistics=True):
 def test_tent_equals_the_paper_over_ten_batches(make):
     model = make()
     expected, affine = straight_tent(model, stream())
-    adapter = adapt(model, "tent")
+    adapter = adapt(model, "tent", guard=False)
     for x, logits in zip(stream(), expected, strict=True):
         torch.testing.assert_close(adapter(x), logits, rtol=1e-5, atol=1e-6)
     for mine, theirs in zip(adapter.method.parameters.values(), affine, strict=True):

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ..surgery import copy_model
-from .adapter import Adapter, Step
+from .adapter import Adapter
 from .gradient import GradientMethod, Tent
 from .guard import Skip
+from .history import Step, write_history
 from .losses import ABL, DOT, Loss, entropy
 from .method import Forward, Method
-from .statistics import AdaptiveBatchNorm, Norm, Source
+from .norm import Norm, Source
+from .statistics import AdaptiveBatchNorm
 
 __all__ = [
     "ABL",
@@ -32,6 +34,7 @@ __all__ = [
     "Tent",
     "adapt",
     "entropy",
+    "write_history",
 ]
 
 METHODS: dict[str, type[Method]] = {"source": Source, "norm": Norm, "tent": Tent}

@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,37 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from .guard import Guard, Skip, finite
+from .history import Step
 from .losses import entropy
 from .method import Method
 from .state import read_state, write_state
 from .statistics import restore_statistics
 
-FORMAT = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """Say what one batch did.
-
-    Args:
-        batch: Number of the batch since the last reset, from 0.
-        images: Images in it.
-        loss: What the method minimised; None where there is none or the step was skipped.
-        entropy: Mean over the batch before the step, in nats; None where it is not finite.
-        skipped: Whether the adapted tensors were left, or put back, as they were.
-        reason: Why it was skipped.
-        returned: What the caller got: "logits", or what else and why.
-        seconds: Wall time, prediction included.
-    """
-
-    batch: int
-    images: int
-    loss: float | None
-    entropy: float | None
-    skipped: bool
-    reason: str | None
-    returned: str
-    seconds: float
+FORMAT = 2
+PARTS = {"format", "method", "tensors", "memory", "guard", "counters"}
 
 
 class Adapter(nn.Module):
@@ -62,7 +38,8 @@ class Adapter(nn.Module):
         method: What adapts it; made on `model`.
         name: The method's name, written into the state.
         flags: Whether each parameter required a gradient in the caller's model; `export` gives that back.
-        guard: Whether NaN and Inf skip the step and restore the last good state.
+        guard: Whether NaN and Inf skip the step and restore the last good state, correlated and tiny batches get less
+            say in the statistics of BatchNorm, and a model that collapses goes back towards the source (`watch`).
         history: How many `Step`s are remembered, the latest; they outlive `reset`.
     """
 
@@ -100,7 +77,9 @@ class Adapter(nn.Module):
     def predict(self, x: Tensor) -> Tensor:
         """Return the logits of a batch and change nothing."""
         with _plain(grad=False):
-            return self.method.answer(self._answer(self._receive(x))[0])[0]
+            x = self._receive(x)
+            self.guard.correlation.peek(len(x)) if self.guard.active else None
+            return self.method.answer(self._answer(x)[0])[0]
 
     def update(self, x: Tensor) -> Step:
         """Adapt to a batch and return what happened, refusing inside `frozen`."""
@@ -128,6 +107,7 @@ class Adapter(nn.Module):
             for name, tensor in self.method.tensors().items():
                 tensor.copy_(self._first[name])
             self.method.reset()
+        self.guard.reset()
         self.images = self.steps = self.skipped = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -138,6 +118,7 @@ class Adapter(nn.Module):
                 "method": self.name,
                 "tensors": {name: tensor.detach().clone() for name, tensor in self.method.tensors().items()},
                 "memory": self.method.state_dict(),
+                "guard": self.guard.state_dict(),
                 "counters": {"images": self.images, "steps": self.steps, "skipped": self.skipped},
             }
 
@@ -151,6 +132,7 @@ class Adapter(nn.Module):
         self._refuse(state, live)
         with _plain(grad=False):
             self.method.load_state_dict(state["memory"])
+            self.guard.load_state_dict(state["guard"])
             for name, tensor in live.items():
                 tensor.copy_(state["tensors"][name])
         for name, value in state["counters"].items():
@@ -188,6 +170,7 @@ class Adapter(nn.Module):
         with _plain(grad=self.method.needs_graph):
             x = self._receive(x)
             self.guard.begin()
+            events = [self.guard.prepare(len(x))]
             logits, returned, whole = self._answer(x)
             if not whole:
                 reason = "empty batch" if len(x) == 0 else "NaN or Inf in input"
@@ -202,10 +185,16 @@ class Adapter(nn.Module):
         logits = logits.detach()
         with _plain(grad=False):
             given, how = self.method.answer(logits)
-        self._record(started, logits, loss, reason, f"{returned}, {how}" if how else returned)
+            if reason is None:
+                events += self.guard.observe(x, logits, self._first)
+        events = tuple(event for event in events if event)
+        self._record(started, logits, loss, reason, f"{returned}, {how}" if how else returned, events)
         return given
 
-    def _record(self, started: float, logits: Tensor, loss: Tensor | None, reason: str | None, returned: str) -> None:
+    def _record(
+        self, started: float, logits: Tensor, loss: Tensor | None, reason: str | None, returned: str,
+        events: tuple[str, ...],
+    ) -> None:  # fmt: skip
         with _plain(grad=False):
             unsure = entropy(logits).mean()
             values = torch.stack([unsure, unsure if loss is None else loss.float()]).tolist()
@@ -214,7 +203,7 @@ class Adapter(nn.Module):
         spent = time.perf_counter() - started
         given_loss = None if loss is None else values[1]
         self.history.append(
-            Step(batch, len(logits), given_loss, mean_entropy, reason is not None, reason, returned, spent)
+            Step(batch, len(logits), given_loss, mean_entropy, reason is not None, reason, returned, spent, events)
         )
         self.images += len(logits)
         self.steps += reason is None
@@ -259,7 +248,7 @@ class Adapter(nn.Module):
         return next((t for t in chain(self.model.parameters(), self.model.buffers())), other).device
 
     def _refuse(self, state: dict[str, Any], live: dict[str, Tensor]) -> None:
-        if not isinstance(state, dict) or not {"format", "method", "tensors", "memory", "counters"} <= state.keys():
+        if not isinstance(state, dict) or not state.keys() >= PARTS:
             raise ValueError("Adapter.load_state_dict: this is no state of an Adapter; pass what its state_dict() gave")
         if state["format"] != FORMAT or state["method"] != self.name:
             raise ValueError(

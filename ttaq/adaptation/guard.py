@@ -1,19 +1,23 @@
-"""Keep what adapts finite: look before a step and after it, and go back when it went wrong."""
+"""Keep what adapts sound: look before a step and after it, and go back when it went wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .statistics import AdaptiveBatchNorm, discard
+from .watch import Collapse, Correlation
+
 
 class Adapting(Protocol):
     """What a guard asks of a method."""
 
     optimizer: Optimizer | None
+    forward: Callable[[nn.Module, Tensor], Tensor]
 
     def tensors(self) -> dict[str, Tensor]: ...
 
@@ -23,7 +27,7 @@ class Skip(Exception):
 
 
 class Guard:
-    """Check tensors for NaN and Inf, and hold a copy of the last good state.
+    """Check tensors for NaN and Inf, hold a copy of the last good state, and watch what predictions say (`watch`).
 
     Packed layers code their input, and a code has no NaN: they count non-finite activations in a buffer called
     `nonfinite`, which the guard reads and sets back. All tensors of one check cost one transfer to the host.
@@ -36,8 +40,11 @@ class Guard:
 
     def __init__(self, model: nn.Module, method: Adapting, active: bool = True) -> None:
         self.active = active
+        self._model, self._method = model, method
         self._counting = [m for m in model.modules() if isinstance(getattr(m, "nonfinite", None), Tensor)]
         self._snapshot = Snapshot(method)
+        self.correlation = Correlation(m for m in model.modules() if isinstance(m, AdaptiveBatchNorm))
+        self.collapse = Collapse()
 
     def check(self, **groups: Iterable[Tensor | None]) -> None:
         """Raise `Skip` where a tensor of a group, or a counter of the model, says NaN or Inf.
@@ -66,6 +73,58 @@ class Guard:
                 torch._foreach_zero_([module.nonfinite for module in self._counting])
             self._snapshot.save()
 
+    def prepare(self, images: int) -> str | None:
+        """Make ready for a batch of so many images; return in words what changed for it, or None."""
+        return self.correlation.prepare(images) if self.active and images else None
+
+    def observe(self, x: Tensor, logits: Tensor, first: dict[str, Tensor]) -> list[str]:
+        """Watch the predictions of a batch, and put parameters back where the model collapses.
+
+        Args:
+            x: The batch.
+            logits: What was predicted for it before the step, detached.
+            first: The method's tensors as they were when it was made.
+
+        Returns:
+            What was found and done, in words.
+        """
+        if not self.active:
+            return []
+        self.correlation.observe(logits)
+        live = {n: t for n, t in self._method.tensors().items() if t.is_floating_point() and not _is_moment(n)}
+        if not live or not self.collapse.due(logits):
+            return []
+        with torch.no_grad():
+            held = {name: tensor.detach().clone() for name, tensor in live.items()}
+            for name, tensor in live.items():
+                tensor.copy_(first[name])
+            reference = self._method.forward(self._model, x)
+            discard(self.correlation.norms)
+            verdict, finding = self.collapse.judge(logits, reference)
+            for name, tensor in live.items():
+                if verdict != "full":
+                    tensor.copy_(held[name] if not verdict else torch.lerp(held[name], first[name], 0.5))
+        if verdict == "half" and self._method.optimizer:
+            self._method.optimizer.state.clear()
+        if verdict == "full":
+            self._method.reset()
+        done = {"half": "halfway back to the source", "full": "back to the source"}
+        return [f"collapse: {finding}; {done[verdict]}"] if verdict else []
+
+    def reset(self) -> None:
+        """Forget the stream."""
+        self.correlation.reset()
+        self.collapse.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is remembered of the stream."""
+        return {"correlation": self.correlation.state_dict(), "collapse": self.collapse.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        self.correlation.load_state_dict(state["correlation"])
+        self.collapse.load_state_dict(state["collapse"])
+
     def restore(self) -> None:
         """Write the copied state back."""
         if self.active:
@@ -76,6 +135,10 @@ class Guard:
         total = torch.stack([counter.reshape(()) for counter in counters]).sum()
         torch._foreach_zero_(counters)
         return total
+
+
+def _is_moment(name: str) -> bool:
+    return name.endswith(("running_mean", "running_var"))
 
 
 def finite(tensors: Iterable[Tensor | None]) -> Tensor | None:

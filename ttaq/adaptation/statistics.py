@@ -1,4 +1,4 @@
-"""BatchNorm with the moments of the test data, and the two methods that need no gradient."""
+"""BatchNorm with the moments of the test data."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..surgery import replace
-from .guard import Guard
-from .method import Forward, Method
 
 STATISTICS = ("source", "batch", "blend", "ema")
 FORWARDS = {_BatchNorm.forward, nn.SyncBatchNorm.forward}
@@ -52,10 +50,12 @@ class AdaptiveBatchNorm(nn.Module):
         self.register_buffer("source_mean", norm.running_mean.clone(), persistent=False)
         self.register_buffer("source_var", norm.running_var.clone(), persistent=False)
         self.pending: tuple[Tensor, Tensor] | None = None
+        # Of the share of a batch, set by a guard; what is stored is then a moving average.
+        self.cap: float | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         single = x.numel() == x.shape[1]
-        if self.statistics == "batch" and not single:
+        if self.statistics == "batch" and self.cap is None and not single:
             y = self._batch(x)
         else:
             y = self._mixture(x, single)
@@ -86,11 +86,18 @@ class AdaptiveBatchNorm(nn.Module):
         return torch.addcmul(shift.view(along), values, scale.view(along)).to(x.dtype)
 
     def _stored(self) -> tuple[Tensor, Tensor]:
-        if self.statistics != "ema":
+        if self.statistics != "ema" and self.cap is None:
             return self.source_mean, self.source_var
         return self.pending or (self.running_mean, self.running_var)  # pending: a layer used twice in one pass
 
     def _share(self, images: int) -> float:
+        if self.cap is not None:
+            return min(self.cap, self._wanted(images))
+        return self._wanted(images)
+
+    def _wanted(self, images: int) -> float:
+        if self.statistics == "batch" and self.cap is not None:
+            return 1.0
         if self.statistics == "ema":
             return self.momentum
         return images / (images + self.prior) if self.alpha is None else self.alpha
@@ -186,67 +193,6 @@ def _check(statistics: str, alpha: float | None, prior: float, momentum: float) 
         raise ValueError(f"adapt: prior must be a number of images above 0, got {prior}; use 16")
     if not 0 < momentum <= 1:
         raise ValueError(f"adapt: momentum must lie above 0 and up to 1, got {momentum}; use 0.1")
-
-
-class Source(Method):
-    """Predict with the model as it is; the line that every method is measured against."""
-
-    def update(self, x: Tensor, logits: Tensor, guard: Guard) -> None:
-        """Check the logits; nothing adapts."""
-        guard.check(logits=[logits])
-
-
-class Norm(Method):
-    """Normalise with statistics of the test data; one forward pass, no gradient.
-
-    Source: Schneider et al., arXiv:2006.16971 ("batch", and "blend" with N = 16 source images); "blend" with
-    alpha and "ema" serve small batches.
-
-    Args:
-        model: See `Method`, as is `forward`.
-        forward: Returns logits.
-        statistics: "batch", "blend" or "ema"; the rest as in `AdaptiveBatchNorm`.
-        alpha: Share of the batch under "blend"; None for ``n / (n + prior)``.
-        prior: Images that the source counts for.
-        momentum: Share of the batch under "ema".
-
-    Raises:
-        ValueError: The model has no BatchNorm with running statistics, or statistics is "source".
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        forward: Forward,
-        *,
-        statistics: str = "batch",
-        alpha: float | None = None,
-        prior: float = 16,
-        momentum: float = 0.1,
-    ) -> None:
-        super().__init__(model, forward)
-        if statistics == "source":
-            raise ValueError('adapt: norm with statistics="source" adapts nothing; use method="source"')
-        self.norms = adapt_statistics(model, statistics, alpha, prior, momentum)
-        if not self.norms:
-            raise ValueError(
-                f"adapt: norm needs BatchNorm layers with running statistics, {type(model).__name__} has none; "
-                'use method="tent", which adapts the affine of LayerNorm and GroupNorm too'
-            )
-
-    def predict(self, x: Tensor) -> Tensor:
-        """Return the logits under the statistics of this batch."""
-        discard(self.norms.values())
-        return super().predict(x)
-
-    def update(self, x: Tensor, logits: Tensor, guard: Guard) -> None:
-        """Keep the statistics that `predict` used."""
-        guard.check(statistics=pending(self.norms.values()), logits=[logits])
-        commit(self.norms.values())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Name the running statistics."""
-        return running(self.norms)
 
 
 def running(norms: dict[str, AdaptiveBatchNorm]) -> dict[str, Tensor]:

@@ -1,0 +1,47 @@
+"""What an Adapter did, step by step, and how to write it down."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..files import write_atomically
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Say what one batch did.
+
+    Args:
+        batch: Number of the batch since the last reset, from 0.
+        images: Images in it.
+        loss: What the method minimised; None where there is none or the step was skipped.
+        entropy: Mean over the batch before the step, in nats; None where it is not finite.
+        skipped: Whether the adapted tensors were left, or put back, as they were.
+        reason: Why it was skipped.
+        returned: What the caller got: "logits", or what else and why.
+        seconds: Wall time, prediction included.
+        events: What the guard found and did besides.
+    """
+
+    batch: int
+    images: int
+    loss: float | None
+    entropy: float | None
+    skipped: bool
+    reason: str | None
+    returned: str
+    seconds: float
+    events: tuple[str, ...] = ()
+
+
+def write_history(steps: Iterable[Step], path: str | os.PathLike) -> Path:
+    """Write steps as JSON lines, one object with the fields of `Step` a line.
+
+    Returns:
+        `path`.
+    """
+    return write_atomically(path, "".join(f"{json.dumps(asdict(step))}\n" for step in steps).encode())
