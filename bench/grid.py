@@ -105,7 +105,7 @@ class Grid:
             self._write(cell, evaluate(_Remembering(model, self._answers), stream), 1, options)
             return
         settings = statistics_of(cell["statistics"]) | ({"loss": cell["loss"]} if cell["loss"] else {})
-        adapter = ttaq.adapt(model, cell["adapter"], **settings)
+        adapter = ttaq.adapt(model, cell["adapter"], guard="finite", **settings)
         for number in range(1, _passes(cell["adapter"], options) + 1):
             self._write(cell, evaluate(adapter, stream), number, options)
 

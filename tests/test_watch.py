@@ -72,8 +72,9 @@ def test_the_guard_averages_the_statistics_of_single_images_and_says_so():
     assert 0 < (adapter.model[1].running_mean - before).abs().max() < 0.2
 
 
-def test_without_a_guard_nothing_is_averaged():
-    adapter = adapt(cnn(), "norm", guard=False)
+@pytest.mark.parametrize("guard", [False, "finite"])
+def test_without_a_watch_nothing_is_averaged(guard):
+    adapter = adapt(cnn(), "norm", guard=guard)
     for seed in range(3):
         adapter(images(1, seed))
     assert all(not step.events for step in adapter.history)
@@ -134,3 +135,8 @@ def test_the_watch_resumes_bit_for_bit():
     assert one.guard.state_dict() == two.guard.state_dict()
     one.reset()
     assert one.guard.state_dict() == adapt(cnn(), Drifting).guard.state_dict()
+
+
+def test_an_unknown_guard_is_refused():
+    with pytest.raises(ValueError, match='^adapt: guard must be True, "finite" or False, got'):
+        adapt(cnn(), "norm", guard="all")

@@ -45,7 +45,7 @@ def adapt(
     method: str | type[Method] = "tent",
     *,
     forward: Forward | None = None,
-    guard: bool = True,
+    guard: bool | str = True,
     history: int = 1000,
     inplace: bool = False,
     **options: Any,
@@ -59,7 +59,8 @@ def adapt(
         model: A classifier: float, prepared or packed.
         method: A name in `METHODS` ("source", "norm", "tent", or one added to that dict), or a `Method` class.
         forward: Called as ``forward(model, x)``, returns logits (batch, classes); None calls ``model(x)``.
-        guard: Whether NaN and Inf skip the step and restore the last good state.
+        guard: True, "finite" or False: whether NaN and Inf skip the step and restore the last good state, and whether
+            correlated batches and collapse are answered, see `Adapter`.
         history: How many of the latest steps `adapter.history` remembers.
         inplace: Adapt the caller's own model instead of a copy.
         options: Arguments of the method, such as lr, optimizer, parameters, steps, statistics and loss of `Tent`, or
@@ -72,6 +73,8 @@ def adapt(
         ValueError: The method is unknown, does not take an option, or finds nothing to adapt.
     """
     name, chosen = _choose(method, options)
+    if guard not in (True, False, "finite"):
+        raise ValueError(f'adapt: guard must be True, "finite" or False, got {guard!r}; use True')
     with torch.inference_mode(False), torch.no_grad():
         flags = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
         own = model if inplace else _share(model)

@@ -39,7 +39,8 @@ class Adapter(nn.Module):
         name: The method's name, written into the state.
         flags: Whether each parameter required a gradient in the caller's model; `export` gives that back.
         guard: Whether NaN and Inf skip the step and restore the last good state, correlated and tiny batches get less
-            say in the statistics of BatchNorm, and a model that collapses goes back towards the source (`watch`).
+            say in the statistics of BatchNorm, and a model that collapses goes back towards the source (`watch`);
+            "finite" for the first of these alone.
         history: How many `Step`s are remembered, the latest; they outlive `reset`.
     """
 
@@ -50,14 +51,14 @@ class Adapter(nn.Module):
         *,
         name: str,
         flags: dict[str, bool],
-        guard: bool = True,
+        guard: bool | str = True,
         history: int = 1000,
     ) -> None:
         super().__init__()
         self.model, self.method, self.name = model, method, name
         self.history: deque[Step] = deque(maxlen=history)
         self.images = self.steps = self.skipped = 0
-        self.guard = Guard(model, method, guard)
+        self.guard = Guard(model, method, bool(guard), guard != "finite")
         self._flags = flags
         self._frozen = False
         self._first = {key: tensor.detach().clone() for key, tensor in method.tensors().items()}
@@ -78,7 +79,7 @@ class Adapter(nn.Module):
         """Return the logits of a batch and change nothing."""
         with _plain(grad=False):
             x = self._receive(x)
-            self.guard.correlation.peek(len(x)) if self.guard.active else None
+            self.guard.peek(len(x))
             return self.method.answer(self._answer(x)[0])[0]
 
     def update(self, x: Tensor) -> Step:

@@ -36,10 +36,11 @@ class Guard:
         model: The network whose `nonfinite` counters are read.
         method: What adapts: its `tensors()` and its `optimizer` are copied.
         active: False checks nothing and restores nothing.
+        watches: Whether predictions are watched, too.
     """
 
-    def __init__(self, model: nn.Module, method: Adapting, active: bool = True) -> None:
-        self.active = active
+    def __init__(self, model: nn.Module, method: Adapting, active: bool = True, watches: bool = True) -> None:
+        self.active, self.watches = active, active and watches
         self._model, self._method = model, method
         self._counting = [m for m in model.modules() if isinstance(getattr(m, "nonfinite", None), Tensor)]
         self._snapshot = Snapshot(method)
@@ -73,9 +74,14 @@ class Guard:
                 torch._foreach_zero_([module.nonfinite for module in self._counting])
             self._snapshot.save()
 
+    def peek(self, images: int) -> None:
+        """Make ready for a batch of so many images that is only predicted."""
+        if self.watches:
+            self.correlation.peek(images)
+
     def prepare(self, images: int) -> str | None:
         """Make ready for a batch of so many images; return in words what changed for it, or None."""
-        return self.correlation.prepare(images) if self.active and images else None
+        return self.correlation.prepare(images) if self.watches and images else None
 
     def observe(self, x: Tensor, logits: Tensor, first: dict[str, Tensor]) -> list[str]:
         """Watch the predictions of a batch, and put parameters back where the model collapses.
@@ -88,7 +94,7 @@ class Guard:
         Returns:
             What was found and done, in words.
         """
-        if not self.active:
+        if not self.watches:
             return []
         self.correlation.observe(logits)
         live = {n: t for n, t in self._method.tensors().items() if t.is_floating_point() and not _is_moment(n)}
