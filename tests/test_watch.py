@@ -138,5 +138,5 @@ def test_the_watch_resumes_bit_for_bit():
 
 
 def test_an_unknown_guard_is_refused():
-    with pytest.raises(ValueError, match='^adapt: guard must be True, "finite" or False, got'):
+    with pytest.raises(ValueError, match=r'^adapt: guard must be True, "finite" or False, got'):
         adapt(cnn(), "norm", guard="all")
