@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ..surgery import copy_model
 from .adapter import Adapter
+from .bank import DomainBank
 from .gradient import GradientMethod, Tent
 from .guard import Skip
 from .history import Step, write_history
@@ -17,6 +19,7 @@ from .losses import ABL, DOT, Loss, entropy
 from .method import Forward, Method
 from .norm import Norm, Source
 from .statistics import AdaptiveBatchNorm
+from .telemetry import Telemetry
 
 __all__ = [
     "ABL",
@@ -24,6 +27,7 @@ __all__ = [
     "METHODS",
     "Adapter",
     "AdaptiveBatchNorm",
+    "DomainBank",
     "GradientMethod",
     "Loss",
     "Method",
@@ -31,6 +35,7 @@ __all__ = [
     "Skip",
     "Source",
     "Step",
+    "Telemetry",
     "Tent",
     "adapt",
     "entropy",
@@ -47,6 +52,9 @@ def adapt(
     forward: Forward | None = None,
     guard: bool | str = True,
     history: int = 1000,
+    telemetry: int = 0,
+    reference: Iterable[Tensor] | None = None,
+    bank: int | DomainBank = 0,
     inplace: bool = False,
     **options: Any,
 ) -> Adapter:
@@ -62,6 +70,9 @@ def adapt(
         guard: True, "finite" or False: whether NaN and Inf skip the step and restore the last good state, and whether
             correlated batches and collapse are answered, see `Adapter`.
         history: How many of the latest steps `adapter.history` remembers.
+        telemetry: Batches from one measurement of drift to the next, 0 for none; see `Telemetry`.
+        reference: Batches of calibration images that drift is measured against; None takes the first of the stream.
+        bank: How many domains to remember, or a `DomainBank`, which several streams may share; 0 for none.
         inplace: Adapt the caller's own model instead of a copy.
         options: Arguments of the method, such as lr, optimizer, parameters, steps, statistics and loss of `Tent`, or
             statistics, alpha, prior and momentum of `Norm`.
@@ -79,7 +90,10 @@ def adapt(
         flags = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
         own = model if inplace else _share(model)
         made = chosen(own.eval().requires_grad_(False), forward or _call, **options)
-        return Adapter(own, made, name=name, flags=flags, guard=guard, history=history)
+        drift = Telemetry(own, every=telemetry, reference=reference, forward=forward) if telemetry else None
+        domains = DomainBank(bank) if isinstance(bank, int) and bank else bank or None
+        parts = {"telemetry": drift, "bank": domains}
+        return Adapter(own, made, name=name, flags=flags, guard=guard, history=history, **parts)
 
 
 def _call(model: nn.Module, x: Tensor) -> Tensor:

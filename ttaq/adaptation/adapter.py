@@ -7,7 +7,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .bank import DomainBank
 from .guard import Guard, Skip, finite
 from .history import Step
 from .losses import entropy
 from .method import Method
-from .state import read_state, write_state
+from .state import FORMAT, check_state, read_state, write_state
 from .statistics import restore_statistics
-
-FORMAT = 2
-PARTS = {"format", "method", "tensors", "memory", "guard", "counters"}
+from .telemetry import Telemetry
 
 
 class Adapter(nn.Module):
@@ -42,6 +41,8 @@ class Adapter(nn.Module):
             say in the statistics of BatchNorm, and a model that collapses goes back towards the source (`watch`);
             "finite" for the first of these alone.
         history: How many `Step`s are remembered, the latest; they outlive `reset`.
+        telemetry: What measures drift, made on `model`.
+        bank: What keeps the tensors of domains that were met.
     """
 
     def __init__(
@@ -53,12 +54,15 @@ class Adapter(nn.Module):
         flags: dict[str, bool],
         guard: bool | str = True,
         history: int = 1000,
+        telemetry: Telemetry | None = None,
+        bank: DomainBank | None = None,
     ) -> None:
         super().__init__()
         self.model, self.method, self.name = model, method, name
         self.history: deque[Step] = deque(maxlen=history)
         self.images = self.steps = self.skipped = 0
         self.guard = Guard(model, method, bool(guard), guard != "finite")
+        self.telemetry, self.bank = telemetry, bank
         self._flags = flags
         self._frozen = False
         self._first = {key: tensor.detach().clone() for key, tensor in method.tensors().items()}
@@ -108,7 +112,8 @@ class Adapter(nn.Module):
             for name, tensor in self.method.tensors().items():
                 tensor.copy_(self._first[name])
             self.method.reset()
-        self.guard.reset()
+        for part in self._parts().values():
+            part.reset()
         self.images = self.steps = self.skipped = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -119,7 +124,7 @@ class Adapter(nn.Module):
                 "method": self.name,
                 "tensors": {name: tensor.detach().clone() for name, tensor in self.method.tensors().items()},
                 "memory": self.method.state_dict(),
-                "guard": self.guard.state_dict(),
+                "parts": {name: part.state_dict() for name, part in self._parts().items()},
                 "counters": {"images": self.images, "steps": self.steps, "skipped": self.skipped},
             }
 
@@ -130,10 +135,11 @@ class Adapter(nn.Module):
             ValueError: The state is of another format, method or model; nothing was changed.
         """
         live = self.method.tensors()
-        self._refuse(state, live)
+        check_state(state, self.state_dict(), self.name)
         with _plain(grad=False):
             self.method.load_state_dict(state["memory"])
-            self.guard.load_state_dict(state["guard"])
+            for name, part in self._parts().items():
+                part.load_state_dict(state["parts"][name])
             for name, tensor in live.items():
                 tensor.copy_(state["tensors"][name])
         for name, value in state["counters"].items():
@@ -170,9 +176,10 @@ class Adapter(nn.Module):
         loss = reason = None
         with _plain(grad=self.method.needs_graph):
             x = self._receive(x)
+            events = [self._turn(x), self.guard.prepare(len(x))]
             self.guard.begin()
-            events = [self.guard.prepare(len(x))]
-            logits, returned, whole = self._answer(x)
+            with nullcontext() if self.telemetry is None else self.telemetry.looking():
+                logits, returned, whole = self._answer(x)
             if not whole:
                 reason = "empty batch" if len(x) == 0 else "NaN or Inf in input"
             else:
@@ -188,13 +195,14 @@ class Adapter(nn.Module):
             given, how = self.method.answer(logits)
             if reason is None:
                 events += self.guard.observe(x, logits, self._first)
-        events = tuple(event for event in events if event)
-        self._record(started, logits, loss, reason, f"{returned}, {how}" if how else returned, events)
+            drift, found = (None, []) if self.telemetry is None or not whole else self.telemetry.report()
+        events = tuple(event for event in (*events, *found) if event)
+        self._record(started, logits, loss, reason, f"{returned}, {how}" if how else returned, events, drift)
         return given
 
     def _record(
         self, started: float, logits: Tensor, loss: Tensor | None, reason: str | None, returned: str,
-        events: tuple[str, ...],
+        events: tuple[str, ...], drift: dict[str, Any] | None,
     ) -> None:  # fmt: skip
         with _plain(grad=False):
             unsure = entropy(logits).mean()
@@ -202,13 +210,27 @@ class Adapter(nn.Module):
         mean_entropy = values[0] if values[0] == values[0] else None
         batch = self.steps + self.skipped
         spent = time.perf_counter() - started
-        given_loss = None if loss is None else values[1]
-        self.history.append(
-            Step(batch, len(logits), given_loss, mean_entropy, reason is not None, reason, returned, spent, events)
-        )
+        shown = None if loss is None else values[1]
+        what = (reason is not None, reason, returned, spent, events, drift)
+        self.history.append(Step(batch, len(logits), shown, mean_entropy, *what))
         self.images += len(logits)
         self.steps += reason is None
         self.skipped += reason is not None
+
+    def _turn(self, x: Tensor) -> str | None:
+        """Let the bank look at a batch, and give back what was learned in a domain that returns."""
+        if self.bank is None or not len(x):
+            return None
+        with torch.no_grad():
+            returns, event = self.bank.turn(x, self.method.tensors())
+        if returns and self.method.optimizer:
+            self.method.optimizer.state.clear()
+        return event
+
+    def _parts(self) -> dict[str, Any]:
+        """Name what remembers the stream beside the method."""
+        parts = {"guard": self.guard, "telemetry": self.telemetry, "bank": self.bank}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def _answer(self, x: Tensor) -> tuple[Tensor, str, bool]:
         """Return logits, what they are in words, and whether all images could be predicted."""
@@ -247,22 +269,6 @@ class Adapter(nn.Module):
     def _home(self, other: Tensor) -> torch.device:
         """Return the model's device, that of `other` where the model holds no tensor."""
         return next((t for t in chain(self.model.parameters(), self.model.buffers())), other).device
-
-    def _refuse(self, state: dict[str, Any], live: dict[str, Tensor]) -> None:
-        if not isinstance(state, dict) or not state.keys() >= PARTS:
-            raise ValueError("Adapter.load_state_dict: this is no state of an Adapter; pass what its state_dict() gave")
-        if state["format"] != FORMAT or state["method"] != self.name:
-            raise ValueError(
-                f"Adapter.load_state_dict: expected format {FORMAT} of method {self.name!r}, got "
-                f"{state['format']} of {state['method']!r}; adapt the model with the method it was saved from"
-            )
-        shapes = {name: tuple(t.shape) for name, t in live.items()}
-        given = {name: tuple(t.shape) for name, t in state["tensors"].items()}
-        if odd := sorted(name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name)):
-            raise ValueError(
-                f"Adapter.load_state_dict: {odd[0]} must have shape {shapes.get(odd[0])}, got {given.get(odd[0])}; "
-                "adapt the same model with the same arguments first"
-            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
         super()._apply(fn, recurse)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ..files import write_atomically
 
@@ -24,7 +25,8 @@ class Step:
         reason: Why it was skipped.
         returned: What the caller got: "logits", or what else and why.
         seconds: Wall time, prediction included.
-        events: What the guard found and did besides.
+        events: What the guard, the bank and the telemetry found and did.
+        drift: What `Telemetry.report` gave where it measured.
     """
 
     batch: int
@@ -36,6 +38,7 @@ class Step:
     returned: str
     seconds: float
     events: tuple[str, ...] = ()
+    drift: dict[str, Any] | None = None
 
 
 def write_history(steps: Iterable[Step], path: str | os.PathLike) -> Path:

@@ -12,6 +12,31 @@ import torch
 
 from ..files import write_atomically
 
+FORMAT = 2
+PARTS = {"format", "method", "tensors", "memory", "parts", "counters"}
+
+
+def check_state(state: dict[str, Any], own: dict[str, Any], name: str) -> None:
+    """Raise ValueError where a state is none of an Adapter like the one whose `own` state is given."""
+    if not isinstance(state, dict) or not state.keys() >= PARTS:
+        raise ValueError("Adapter.load_state_dict: this is no state of an Adapter; pass what its state_dict() gave")
+    if state["format"] != FORMAT or state["method"] != name:
+        raise ValueError(
+            f"Adapter.load_state_dict: expected format {FORMAT} of method {name!r}, got "
+            f"{state['format']} of {state['method']!r}; adapt the model with the method it was saved from"
+        )
+    shapes, given = ({name: tuple(t.shape) for name, t in s["tensors"].items()} for s in (own, state))
+    if odd := sorted(name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name)):
+        raise ValueError(
+            f"Adapter.load_state_dict: {odd[0]} must have shape {shapes.get(odd[0])}, got {given.get(odd[0])}; "
+            "adapt the same model with the same arguments first"
+        )
+    if own["parts"].keys() != state["parts"].keys():
+        raise ValueError(
+            f"Adapter.load_state_dict: the state has {', '.join(state['parts'])}, this Adapter "
+            f"{', '.join(own['parts'])}; give adapt() the same telemetry and bank"
+        )
+
 
 def write_state(state: dict[str, Any], path: str | os.PathLike) -> Path:
     """Write a state so that `path` only ever leads to the old one or to all of the new, whenever the process dies.
