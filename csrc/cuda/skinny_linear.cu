@@ -1,7 +1,7 @@
 // packed_linear on at most 8 rows of input (kernels/packed_linear.py), bound by the words it reads.
 //
 // A block makes 16 outputs of every row, and each of its warps takes a span of k. The 16 rows of the weight are the
-// first operand of a tensor core, the rows of x its second, whose 8 columns are there anyway: 8 rows cost what one costs.
+// first operand of a tensor core, the rows of x its second, whose 8 columns are there anyway, so 8 rows cost no more.
 // Any order of k gives the same product, so a lane decodes what it has loaded, 16 bytes side by side, and takes the x
 // that belongs to it. The warps leave their sums in shared memory, where they are added in the order of k: no atomics.
 #ifdef TTAQ_ON_CPU
