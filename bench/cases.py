@@ -283,5 +283,6 @@ CASES: dict[str, Callable[[str], Iterator[Case]]] = {
     "codes": _codes,
     "activation_codes": activation.cases,
     "packed_linear": packed.linear,
+    "skinny_linear": packed.skinny,
     "packed_conv2d": packed.conv2d,
 }

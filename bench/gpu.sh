@@ -79,7 +79,7 @@ tail -n 1 "$out/pytest.log"
 
 commit=()
 git rev-parse HEAD >/dev/null 2>&1 || commit=(--commit "${2:-unrecorded}")
-for op in fake_quant packed_linear codes activation_codes soft_round packed_conv2d perturb prologue log2; do
+for op in fake_quant packed_linear skinny_linear codes activation_codes soft_round packed_conv2d perturb prologue log2; do
     step "bench $op" 150 bench.log "$python" -m bench run "$op" --results "$out" "${commit[@]}"
 done
 

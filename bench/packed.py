@@ -1,6 +1,7 @@
 """The cases of packed_linear and packed_conv2d: layers of ViT-B and ResNet-50 against torch's float and int8 layers."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 from ttaq.kernels import packed_conv2d as pc
 from ttaq.kernels import packed_linear as pl
 
-from ttaq import ops
+from ttaq import dispatch, ops
 from ttaq.declarations import RAW
 
 from .case import DTYPES, Case, Inputs, backward, copy_bytes, drawn, forward
@@ -40,6 +41,26 @@ def linear(device: str) -> Iterator[Case]:
     if device == "cuda":
         for bits, x_bits in product((2, 4, 8), (8, None)):
             yield _linear_case("ViT-B fc1", 64 * 197, *_LAYERS["fc1"], bits, x_bits, device)
+
+
+def skinny(device: str) -> Iterator[Case]:
+    """List products of few rows, which read little but words; on a GPU replays of graphs, against the Triton kernel."""
+    for (n, k), m, bits, x_bits in product(((4096, 4096), (1024, 4096)), (1, 4, 8), (2, 3, 4, 8), (None, 8)):
+        case = _linear_case(f"few rows, {n}x{k}", m, n, k, bits, x_bits, device, quick=(n, m, bits) == (1024, 1, 4))
+        against = {name: bind for name, bind in case.rivals.items() if name != "torch float32"}
+        if device == "cuda":
+            against["triton"] = partial(_on_triton, case.ours)
+        yield replace(case, rivals=against, graph=device == "cuda")
+
+
+def _on_triton(bind, inputs):
+    call = bind(inputs)
+
+    def forced():
+        with dispatch.backend("triton"):
+            return call()
+
+    return forced
 
 
 def conv2d(device: str) -> Iterator[Case]:

@@ -25,7 +25,8 @@ enum ttaq_error {
   TTAQ_NO_MEMORY = -4,   // scratch memory could not be had
   TTAQ_BAD_KIND = -5,    // kind is none of enum ttaq_kind
   TTAQ_BAD_ROOTS = -6,   // roots is neither 1 nor 2, or qmax not in 1 .. 63
-  TTAQ_BAD_GROUP = -7,   // the words of a group of inputs do not fill whole dwords
+  TTAQ_BAD_GROUP = -7,   // the words of a group of inputs do not fill whole dwords, or whole steps on a GPU
+  TTAQ_BAD_ROWS = -8,    // there are more rows than the kernel takes, or they begin where it cannot load
 };
 
 enum ttaq_dtype { TTAQ_FLOAT32 = 0, TTAQ_BFLOAT16 = 1, TTAQ_FLOAT16 = 2 };
@@ -207,6 +208,17 @@ TTAQ_EXPORT int ttaq_cuda_pack_codes(const uint8_t* codes, uint8_t* words, int64
                                      void* stream);
 TTAQ_EXPORT int ttaq_cuda_unpack_codes(const uint8_t* words, uint8_t* codes, int64_t rows, int64_t k, int bits,
                                        void* stream);
+
+// packed_linear of 1 to 8 rows, with nothing after it: as ttaq_cpu_packed_linear where x_scale is given and x is codes,
+// else as ttaq_cpu_packed_linear_floats on bfloat16 or float16. The same bits at every call; no workspace.
+//   x: rows of k elements in room for a multiple of 16 bytes, zeros behind them, that begin `stride` elements and a
+//   multiple of 16 bytes apart. words: rows of a multiple of 4 bytes, 8 for 4 bits, 16 for 8 bits, and so their address;
+//   loads are 16 bytes wide where that is 16 and `group` fills them. group: 0, or a multiple of 64, 128 for 3 bits that
+//   divides k; of codes at most 96 groups.
+TTAQ_EXPORT int ttaq_cuda_skinny_linear(const void* x, int64_t stride, const uint8_t* words, const float* scale,
+                                        const int32_t* zero, const float* bias, const float* x_scale,
+                                        const int32_t* x_zero, int token, void* y, int x_dtype, int y_dtype, int bits,
+                                        int64_t group, int64_t m, int64_t n, int64_t k, void* stream);
 
 #ifdef __cplusplus
 }

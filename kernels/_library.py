@@ -20,7 +20,8 @@ _ERRORS = {
     -4: "no memory for the partial sums",
     -5: "kind must be drop, step or gauss",
     -6: "roots must be 1 or 2 and qmax 1 to 63",
-    -7: "the words of a group must fill whole dwords",
+    -7: "the words of a group must fill whole dwords, or whole steps on a GPU",
+    -8: "there are too many rows, or they begin where the kernel cannot load",
 }
 _NO_DRIVER = 35
 _IMPORTED_BY = os.getpid()
@@ -58,6 +59,7 @@ _SIGNATURES = {
         "ttaq_cuda_status": (),
         "ttaq_cuda_pack_codes": (_P, _P, _L, _L, _I, _P),
         "ttaq_cuda_unpack_codes": (_P, _P, _L, _L, _I, _P),
+        "ttaq_cuda_skinny_linear": (_P, _L, *(_P,) * 6, _I, _P, _I, _I, _I, *(_L,) * 4, _P),
     },
 }
 

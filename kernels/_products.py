@@ -116,6 +116,31 @@ def packed_linear_floats(
     )  # fmt: skip
 
 
+def skinny_linear(
+    x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, x_scale: Tensor | None,
+    x_zero: Tensor | None, y: Tensor, bits: int, group: int, k: int,
+) -> None:  # fmt: skip
+    """Write the linear layer of kernels/packed_linear.py on up to 8 rows of codes or 16-bit floats to `y`, on a GPU.
+
+    Args:
+        x: (m, room), uint8, float16 or bfloat16; rows of `k` and zeros up to a multiple of 16 bytes, as far apart.
+        words: As for `packed_linear`, and so scale, zero, bias and bits, all on one device.
+        x_scale: As for `packed_linear`, and so x_zero; None for floats.
+        y: (m, n), float32, bfloat16 or float16; overwritten.
+        group: Inputs that share a scale, a multiple of 64, 128 for 3 bits; or 0.
+    """
+    grid = [None if t is None else t.data_ptr() for t in (bias, x_scale, x_zero)]
+    token, number = x_scale is not None and x_scale.numel() > 1, DTYPES.get(x.dtype, 0)
+    with torch.cuda.device(x.device):
+        check(
+            library("cuda").ttaq_cuda_skinny_linear(
+                x.data_ptr(), x.stride(0), words.data_ptr(), scale.data_ptr(), zero.data_ptr(), *grid, token,
+                y.data_ptr(), number, DTYPES[y.dtype], bits, group, x.shape[0], words.shape[0], k,
+                torch.cuda.current_stream().cuda_stream,
+            )
+        )  # fmt: skip
+
+
 def packed_linear_backward(
     grad: Tensor, words: Tensor, scale: Tensor, zero: Tensor, dx: Tensor, bits: int, group: int,
     level: str | None = None,

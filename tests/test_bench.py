@@ -232,6 +232,13 @@ def test_matrix_products_are_held_to_the_speed_of_arithmetic(bench, monkeypatch)
     assert row.tflops == pytest.approx(case.flops / (row.p50_us * 1e-6) * 1e-12)
 
 
+def test_few_rows_are_measured_against_triton_on_a_gpu(bench):
+    found = list(bench("cases").cases("skinny_linear", "cuda"))
+    assert len(found) == 2 * 3 * 4 * 2
+    assert all(case.graph and "triton" in case.rivals for case in found)
+    assert not any("triton" in case.rivals for case in bench("cases").cases("skinny_linear", "cpu"))
+
+
 def test_a_backend_that_refuses_is_no_row(bench):
     case = bench("cases")._fq_case((8,), None, 0, "float32", "forward")
     with pytest.raises(RuntimeError, match="'cuda' cannot run it"):

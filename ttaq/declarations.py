@@ -12,6 +12,7 @@ from .kernels import packed_conv2d as pc
 from .kernels import packed_linear as pl
 from .kernels import perturb as pt
 from .kernels import prologue as pg
+from .kernels import skinny_linear as sl
 from .kernels import soft_round as sr
 
 RAW = torch.ops.ttaq
@@ -141,6 +142,7 @@ UNPACK_CODES = declare(
 PACKED_LINEAR = declare(
     "packed_linear(Tensor x, Tensor words, Tensor scale, Tensor zero, Tensor? bias, int bits, int group,"
     f" Tensor? x_scale, Tensor? x_zero, int x_bits, ScalarType dtype, {ep.SCHEMA}) -> {_FINISHED}",
+    Implementation("cuda", sl.launch, gpu(sl.refuses)),
     Implementation("triton", pl.launch, gpu(pl.refuses)),
     Implementation("cpu", pl.launch_cpu, cpu(pl.refuses_cpu)),
     Implementation("unpacked", pl.launch_unpacked, cpu(pl.refuses_unpacked)),
@@ -150,6 +152,7 @@ PACKED_LINEAR = declare(
 PACKED_LINEAR_BACKWARD = declare(
     "packed_linear_backward(Tensor grad, Tensor words, Tensor scale, Tensor zero, int bits, int group, int k)"
     " -> Tensor",
+    Implementation("cuda", pl.launch_backward, gpu(sl.refuses_backward)),
     Implementation("triton", pl.launch_backward, gpu(pl.refuses_backward)),
     Implementation("cpu", pl.launch_cpu_backward, cpu(pl.refuses_cpu_backward)),
     Implementation("unpacked", pl.launch_unpacked_backward, cpu(pl.refuses_unpacked)),
