@@ -1,0 +1,57 @@
+"""The benchmarks of whole networks, on a tiny one, and their table."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import calibrated, input_of
+
+import ttaq
+
+
+@pytest.fixture
+def subject(bench):
+    models = bench("models")
+    twin = calibrated("timm_vit", "w4a8")
+    made = models.Subject("ViT-tiny", twin, ttaq.pack(twin), torch.contiguous_format, "cpu")
+    made.images = lambda batch: input_of("timm_vit", batch)
+    return made
+
+
+ORIGIN = dict.fromkeys(("commit", "dirty", "machine", "driver", "cuda", "torch", "triton"), "")
+
+
+def test_networks_are_measured_and_laid_out(bench, subject):
+    rows = list(bench("models").measure(subject, 2, ORIGIN, seconds=0.0, compiled=False))
+    assert [r.rival for r in rows] == ["torch float32", "torch bfloat16", "torch dynamic int8"]
+    assert all(r.ratio > 0 and r.peak_mib > 0 for r in rows)
+    lost = [replace(r, ratio=0.5, p50_us=4000.0, peak_mib=3.0) for r in rows]
+    older = [replace(r, case=r.case.replace(" of ", " of 9")) for r in rows]
+    text = bench("tables").networks([*older, *lost])
+    packed, whole = (b / 2**20 for b in reversed(subject.bytes()))
+    assert f"| ViT-tiny | 2 | {packed:.1f}, {whole:.1f} | 3 | 4 ms | 500.0 | 0.5x, a loss |" in text
+    assert len(text.splitlines()) == 3
+
+
+def test_a_compiler_that_fails_is_named_and_left_out(bench, subject, monkeypatch, capsys):
+    def broken(batch):
+        raise RuntimeError("there is no compiler\nand more")
+
+    monkeypatch.setattr(torch, "compile", lambda model: broken)
+    assert bench("models")._inductor(subject, input_of("timm_vit", 1)) == {}
+    assert "torch.compile fails for ViT-tiny and is left out: there is no compiler\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_the_int8_rival_computes_a_linear_layer(bench, rows):
+    model = torch.nn.Sequential(torch.nn.Linear(24, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8, bias=False))
+    x = torch.randn(2, rows, 24)
+    wanted = model(x)
+    found = bench("rivals").int8_linears(model)(x)
+    assert [type(m).__name__ for m in model] == ["Int8Linear", "ReLU", "Int8Linear"]
+    assert (found - wanted).abs().max() < 0.03 * wanted.abs().max()
+
+
+def test_networks_that_are_not_there_are_refused_by_name(bench):
+    with pytest.raises(ValueError, match=r"wanted some of ResNet-50, .*, got 'LeNet'"):
+        bench("models").run(bench("__main__")._parser().parse_args(["models", "--models", "LeNet"]))
