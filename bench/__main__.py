@@ -1,4 +1,4 @@
-"""`python -m bench run|step|models|compare|report|accuracy|memory`."""
+"""`python -m bench run|step|models|map|compare|report|accuracy|memory`."""
 
 import argparse
 import os
@@ -13,6 +13,7 @@ import torch
 
 from . import accuracy, machine, memory, models, rows, step, tables
 from .cases import CASES, cases
+from .map import add_command as add_map
 from .measure import measure
 
 TESTS = machine.ROOT / "tests"
@@ -141,6 +142,7 @@ def _parser():
     accuracy.add_command(commands)
     memory.add_command(commands)
     models.add_command(commands)
+    add_map(commands, gate)
     return parser
 
 

@@ -55,3 +55,31 @@ def test_the_int8_rival_computes_a_linear_layer(bench, rows):
 def test_networks_that_are_not_there_are_refused_by_name(bench):
     with pytest.raises(ValueError, match=r"wanted some of ResNet-50, .*, got 'LeNet'"):
         bench("models").run(bench("__main__")._parser().parse_args(["models", "--models", "LeNet"]))
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per:UserWarning")
+def test_a_map_is_measured_and_laid_out(bench, tmp_path, monkeypatch, capsys):
+    command, who = bench("__main__"), bench("map")
+    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(command.machine, "commit", lambda given: {"commit": "abcdef123456", "dirty": "no"})
+    asked = ["map", "--sizes", "32,64", "--rows", "1,5", "--seconds", "0", "--results", str(tmp_path)]
+    monkeypatch.setattr(command, "gate", lambda tests: tests.name == "test_packed_linear.py")
+    assert command.main(asked) == 0
+    (path,) = tmp_path.iterdir()
+    rows = bench("rows").read(path)
+    assert len(rows) == 2 * 2 * 2 * 3
+    assert {row.op for row in rows} == {"map"}
+    text = capsys.readouterr().out
+    assert all(head in text for head in ("| W4A8: M \\ N = K | 32 | 64 |", "| W4, float input: M \\ N = K | 32 | 64 |"))
+    named = {"torch float32": 3.0, "torch bfloat16": 1.5, "torch dynamic int8": 0.5}
+    cell = [replace(rows[0], case="64x64, M=5, W4A8", rival=name, ratio=ratio) for name, ratio in named.items()]
+    assert who.table(cell, "W4A8").splitlines()[2] == "| 5 | int8 0.50 |"
+    assert who.table(cell[:2], "W4A8").splitlines()[2] == "| 5 | ours 1.50 |"
+
+
+def test_a_red_gate_maps_nothing(bench, tmp_path, monkeypatch):
+    command = bench("__main__")
+    monkeypatch.setattr(command.machine, "commit", lambda given: {})
+    monkeypatch.setattr(command, "gate", lambda tests: False)
+    assert command.main(["map", "--results", str(tmp_path)]) == 1
+    assert not any(tmp_path.iterdir())
