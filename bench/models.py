@@ -1,4 +1,4 @@
-"""Whole networks: latency of packed W4A8 models against the same models in torch, and the bytes they hold.
+"""Whole networks: latency of packed W4A8 models, and of their fused form, against torch, and the bytes they hold.
 
 Weights are random and ranges are those of two images: neither changes what is computed. Convolutional networks run
 channels-last, as torch is fastest too. On a GPU the packed model computes in bfloat16 between its products.
@@ -29,6 +29,7 @@ MODELS = {
     "ViT-B": "vit_base_patch16_224",
     "ViT-L": "vit_large_patch16_224",
 }
+_FORMS = ("packed", "fused")
 _MIB = 2**20
 
 
@@ -40,6 +41,7 @@ class Subject:
         name: In the rows.
         floating: In float32.
         packed: In `dtype`.
+        fused: What `ttaq.fuse` makes of it.
         layout: Of the images.
         device: "cpu" or "cuda".
     """
@@ -47,6 +49,7 @@ class Subject:
     name: str
     floating: nn.Module
     packed: nn.Module
+    fused: nn.Module
     layout: torch.memory_format
     device: str
 
@@ -59,12 +62,10 @@ class Subject:
         """Draw a batch in float32."""
         return torch.randn(batch, 3, 224, 224, device=self.device).contiguous(memory_format=self.layout)
 
-    def bytes(self) -> tuple[int, int]:
-        """Count what the tensors of the float model and of the packed one take."""
-        return tuple(
-            sum(t.numel() * t.element_size() for t in (*m.parameters(), *m.buffers()))
-            for m in (self.floating, self.packed)
-        )
+
+def size_of(model: nn.Module) -> int:
+    """Count the bytes of the tensors of a model."""
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 
 
 def quantise(model: nn.Module) -> nn.Module:
@@ -88,15 +89,17 @@ def build(name: str, device: str, batch: int) -> Subject:
     floating = timm.create_model(MODELS[name], pretrained=False).eval()
     twin = quantise(floating).eval()
     layout = torch.contiguous_format if name.startswith("ViT") else torch.channels_last
-    subject = Subject(name, floating, ttaq.pack(twin), layout, device)
-    for model in (floating, subject.packed, twin):
+    packed = ttaq.pack(twin)
+    subject = Subject(name, floating, packed, packed, layout, device)
+    for model in (floating, packed, twin):
         model.to(device=device, memory_format=layout)
-    for model in (subject.packed, twin):
+    for model in (packed, twin):
         model.to(subject.dtype)
     images = subject.images(batch).to(subject.dtype)
     with torch.no_grad():
-        if not torch.equal(subject.packed(images), twin(images)):
+        if not torch.equal(packed(images), twin(images)):
             raise RuntimeError(f"bench: the packed {name} does not give the logits of its fake-quantised twin")
+    subject.fused = ttaq.fuse(packed, images[:1])
     return subject
 
 
@@ -112,31 +115,35 @@ def measure(subject: Subject, batch: int, origin: dict[str, str], *, seconds: fl
         found = _contestants(subject, images)
         if compiled:
             found |= _inductor(subject, images)
-        held = peak_bytes(found["packed"], device)
+        logits = {form: found[form]().float() for form in _FORMS}
+        error = (logits["fused"] - logits["packed"]).abs().max() / logits["packed"].abs().max()
+        held = {form: peak_bytes(found[form], device) for form in _FORMS}
         for graph in (False, True) if device == "cuda" else (False,):
             calls = {name: [call] for name, call in found.items() if not (graph and "compile" in name)}
-            yield from _rows(subject, batch, graph, held, in_turn(calls, device, seconds, graph), origin)
+            timings = in_turn(calls, device, seconds, graph)
+            for form, differs in (("packed", 0.0), ("fused", error.item())):
+                facts = {"peak_mib": held[form] / _MIB, "max_error": differs}
+                yield from _rows(subject, form, batch, graph, timings, origin | facts)
 
 
-def _rows(subject, batch, graph, held, timings, origin):
-    ours = timings.pop("packed")
-    whole, packed = subject.bytes()
-    common = origin | {
+def _rows(subject, form, batch, graph, timings, facts):
+    ours, others = timings[form], {name: timing for name, timing in timings.items() if name not in _FORMS}
+    whole, held = size_of(subject.floating) / _MIB, size_of(getattr(subject, form)) / _MIB
+    words = [subject.name, "W4A8", *(["fused"] if form == "fused" else []), f"batch {batch}"]
+    words += [f"{held:.1f} of {whole:.1f} MiB", *(["graph"] if graph else [])]
+    common = facts | {
         "op": OP,
         "backend": "cpu" if subject.device == "cpu" else "triton",
         "dtype": str(subject.dtype).removeprefix("torch."),
-        "case": f"{subject.name}, W4A8, batch {batch}, {packed / _MIB:.1f} of {whole / _MIB:.1f} MiB"
-        + (", graph" if graph else ""),
+        "case": ", ".join(words),
         "p20_us": ours.p20 * 1e6,
         "p50_us": ours.p50 * 1e6,
         "p80_us": ours.p80 * 1e6,
         "gbps": None,
         "tflops": None,
         "percent_of_roofline": None,
-        "peak_mib": held / _MIB,
-        "max_error": 0.0,
     }
-    return [Row(**common, rival=name, ratio=timing.p50 / ours.p50) for name, timing in timings.items()]
+    return [Row(**common, rival=name, ratio=timing.p50 / ours.p50) for name, timing in others.items()]
 
 
 def _contestants(subject, images) -> dict[str, Callable[[], Tensor]]:
@@ -147,6 +154,7 @@ def _contestants(subject, images) -> dict[str, Callable[[], Tensor]]:
     entering = images.to(subject.dtype)
     found = {
         "packed": lambda: subject.packed(entering),
+        "fused": lambda: subject.fused(entering),
         "torch float32": lambda: subject.floating(images),
         "torch bfloat16": cast(torch.bfloat16),
     }

@@ -61,18 +61,18 @@ def networks(rows: list[Row]) -> str:
     """Lay out the rows of `bench models`: a line for each network and batch, a column for each rival."""
     found = {}
     for row in rows:
-        name = re.fullmatch(r"(.+), W4A8, batch (\d+), (.+) of (.+) MiB(, graph)?", row.case)
+        name = re.fullmatch(r"(.+), W4A8(, fused)?, batch (\d+), (.+) of (.+) MiB(, graph)?", row.case)
         if row.op == "model" and name:
-            network, batch, packed, whole, graph = name.groups()
-            found.setdefault((network, int(batch), bool(graph)), {})[f"{packed}, {whole}"] = row.case
-    lines = {key: [r for r in rows if r.case == list(cases.values())[-1]] for key, cases in found.items()}
+            network, fused, batch, packed, whole, graph = name.groups(default="")
+            found[network + fused, int(batch), graph] = (f"{packed}, {whole}", row.case)
+    lines = {key: [r for r in rows if (r.op, r.case) == ("model", case)] for key, (_, case) in found.items()}
     rivals = list(dict.fromkeys(r.rival for line in lines.values() for r in line))
     heads = ["network", "batch", "weights, MiB: packed, float", "peak of the rest, MiB", "latency", "images/s"]
     text = [_line([*heads, *(f"against {r}" for r in rivals)]), _line(["---"] * (len(heads) + len(rivals)))]
     for (network, batch, graph), line in lines.items():
         took, ratios = line[-1].p50_us, {r.rival: r.ratio for r in line}
-        cells = [network, f"{batch}{', graph' if graph else ''}", list(found[network, batch, graph])[-1]]
-        cells += [f"{line[-1].peak_mib:.0f}", _time(took), f"{batch / took * 1e6:.1f}"]
+        cells = [network, f"{batch}{graph}", found[network, batch, graph][0], f"{line[-1].peak_mib:.0f}"]
+        cells += [_time(took), f"{batch / took * 1e6:.1f}"]
         text.append(_line([*cells, *(_ratio(ratios[r]) if r in ratios else "-" for r in rivals)]))
     return "\n".join(text)
 

@@ -13,7 +13,9 @@ import ttaq
 def subject(bench):
     models = bench("models")
     twin = calibrated("timm_vit", "w4a8")
-    made = models.Subject("ViT-tiny", twin, ttaq.pack(twin), torch.contiguous_format, "cpu")
+    packed = ttaq.pack(twin)
+    fused = ttaq.fuse(packed, input_of("timm_vit", 1))
+    made = models.Subject("ViT-tiny", twin, packed, fused, torch.contiguous_format, "cpu")
     made.images = lambda batch: input_of("timm_vit", batch)
     return made
 
@@ -23,14 +25,15 @@ ORIGIN = dict.fromkeys(("commit", "dirty", "machine", "driver", "cuda", "torch",
 
 def test_networks_are_measured_and_laid_out(bench, subject):
     rows = list(bench("models").measure(subject, 2, ORIGIN, seconds=0.0, compiled=False))
-    assert [r.rival for r in rows] == ["torch float32", "torch bfloat16", "torch dynamic int8"]
-    assert all(r.ratio > 0 and r.peak_mib > 0 for r in rows)
+    assert [r.rival for r in rows] == ["torch float32", "torch bfloat16", "torch dynamic int8"] * 2
+    assert all(r.ratio > 0 and r.peak_mib > 0 and r.max_error < 0.1 for r in rows)
     lost = [replace(r, ratio=0.5, p50_us=4000.0, peak_mib=3.0) for r in rows]
     older = [replace(r, case=r.case.replace(" of ", " of 9")) for r in rows]
     text = bench("tables").networks([*older, *lost])
-    packed, whole = (b / 2**20 for b in reversed(subject.bytes()))
+    packed, whole = (bench("models").size_of(m) / 2**20 for m in (subject.packed, subject.floating))
     assert f"| ViT-tiny | 2 | {packed:.1f}, {whole:.1f} | 3 | 4 ms | 500.0 | 0.5x, a loss |" in text
-    assert len(text.splitlines()) == 3
+    assert "| ViT-tiny, fused | 2 | " in text
+    assert len(text.splitlines()) == 4
 
 
 def test_a_compiler_that_fails_is_named_and_left_out(bench, subject, monkeypatch, capsys):
