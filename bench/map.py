@@ -10,6 +10,8 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from ttaq.kernels import dequantised as dq
+from ttaq.kernels import packed_linear as pl
 
 from . import machine, packed, rivals, rows
 from .case import Case, forward
@@ -25,16 +27,18 @@ _SHORT = {
     "torch bfloat16": "bfloat16",
     "torch dynamic int8": "int8",
     "torch._int_mm": "int8",
-    "dequantised, cuBLAS": "dequantised",
 }
 
 
 def case(size: int, m: int, widths: str, device: str) -> Case:
-    """Build the case of one cell; on a GPU bfloat16 and `torch._int_mm` are the rivals."""
+    """Build the case of one cell; on a GPU bfloat16, `torch._int_mm` and our other way are the rivals."""
     found = packed._linear_case(f"{size}x{size}", m, size, size, *WIDTHS[widths], device)
     if device == "cpu":
         return found
     against = {name: bind for name, bind in found.rivals.items() if name != "torch float32"}
+    if WIDTHS[widths][1] is None:  # the other side of the rule that chooses between our two, to find where they cross
+        name, other = ("dequantised", dq.launch) if m < dq.LEAST_ROWS else ("Triton", pl.launch)
+        against[name] = lambda inputs: forward(lambda *_: other(*found.raw(inputs)))(inputs)
     return replace(found, rivals=against | {"torch._int_mm": _int_mm})
 
 

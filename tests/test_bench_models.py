@@ -86,3 +86,16 @@ def test_a_red_gate_maps_nothing(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "gate", lambda tests: False)
     assert command.main(["map", "--results", str(tmp_path)]) == 1
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("widths", ["W4A8", "W4, float input"])
+def test_the_rivals_of_a_map_on_a_gpu_compute_what_ours_computes(bench, widths):
+    case = bench("map").case(64, 40, widths, "cuda")
+    inputs = case.make(torch.Generator().manual_seed(3), "cpu")
+    wanted = case.exact(inputs)[0].float()
+    assert set(case.rivals) >= {"torch bfloat16", "torch._int_mm"}
+    assert ("dequantised" in case.rivals) == (widths != "W4A8")
+    for name, bind in ({"ours": case.ours} | case.rivals).items():
+        got = bind(inputs)()
+        error = ((got[0] if isinstance(got, tuple) else got).float() - wanted).abs().max() / wanted.abs().max()
+        assert error < 0.05, name
