@@ -91,7 +91,7 @@ def compare(options: argparse.Namespace) -> int:
     """Print what changed between two selections of rows."""
     here = options.machine or machine.name("cuda" if torch.cuda.is_available() else "cpu")
     before = rows.select(options.before, here, options.results)
-    after = rows.select(options.after or f"{here}.csv", here, options.results)
+    after = rows.select(options.after or str(options.results / f"{here}.csv"), here, options.results)
     print(tables.compare(before, after), end="")
     return 0
 

@@ -71,7 +71,7 @@ def run(options: argparse.Namespace, gate: Callable[[Path], bool]) -> int:
     """Measure the grid once the tests of packed_linear are green, append the rows and print the tables."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.table:
-        found = rows.select(f"{machine.name(device)}.csv", machine.name(device), options.results)
+        found = rows.latest(rows.read(options.results / f"{machine.name(device)}.csv"))
         print("\n\n".join(table(found, widths) for widths in WIDTHS))
         return 0
     origin = machine.commit(options.commit) | machine.facts(device)

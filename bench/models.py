@@ -189,7 +189,7 @@ def run(options: argparse.Namespace) -> int:
     """Measure the models asked for, and append the rows; with `--table` print the table of those there are."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.table:
-        print(tables.networks(rows.select(f"{machine.name(device)}.csv", machine.name(device), options.results)))
+        print(tables.networks(rows.latest(rows.read(options.results / f"{machine.name(device)}.csv"))))
         return 0
     names = options.models or [n for n in MODELS if device == "cuda" or n != "ViT-L"]
     if unknown := [n for n in names if n not in MODELS]:
