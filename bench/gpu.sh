@@ -14,7 +14,7 @@ fi
 mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
 python=$(command -v python3) || { echo "gpu.sh: there is no python3 on PATH" >&2; exit 2; }
-limit=520 # seconds for the steps, one of which never gets more than is left; the report comes after them
+limit=500 # seconds for the steps, one of which never gets more than is left; the report comes after them
 failed=()
 
 # step NAME SECONDS LOG COMMAND...: run a command under its own limit; keep its output in LOG and show the end of it.
