@@ -1,4 +1,4 @@
-"""`python -m bench run|step|models|compare|report|accuracy|memory`."""
+"""`python -m bench run|step|models|map|compare|report|accuracy|memory`."""
 
 import argparse
 import os
@@ -13,6 +13,7 @@ import torch
 
 from . import accuracy, machine, memory, models, rows, step, tables
 from .cases import CASES, cases
+from .map import add_command as add_map
 from .measure import measure
 
 TESTS = machine.ROOT / "tests"
@@ -90,7 +91,7 @@ def compare(options: argparse.Namespace) -> int:
     """Print what changed between two selections of rows."""
     here = options.machine or machine.name("cuda" if torch.cuda.is_available() else "cpu")
     before = rows.select(options.before, here, options.results)
-    after = rows.select(options.after or f"{here}.csv", here, options.results)
+    after = rows.select(options.after or str(options.results / f"{here}.csv"), here, options.results)
     print(tables.compare(before, after), end="")
     return 0
 
@@ -141,6 +142,7 @@ def _parser():
     accuracy.add_command(commands)
     memory.add_command(commands)
     models.add_command(commands)
+    add_map(commands, gate)
     return parser
 
 

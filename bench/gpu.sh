@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build, test and measure ttaq on a machine with a GPU and no network, within nine minutes.
+# Build, test and measure ttaq on a machine with a GPU and no network, within ten minutes.
 #
 # usage: bash bench/gpu.sh OUT [COMMIT]
 #
@@ -14,7 +14,7 @@ fi
 mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
 python=$(command -v python3) || { echo "gpu.sh: there is no python3 on PATH" >&2; exit 2; }
-limit=490 # seconds for the steps, one of which never gets more than is left; the report comes after them
+limit=500 # seconds for the steps, one of which never gets more than is left; the report comes after them
 failed=()
 
 # step NAME SECONDS LOG COMMAND...: run a command under its own limit; keep its output in LOG and show the end of it.
@@ -64,7 +64,7 @@ import platform
 import torch
 
 print(f"python {platform.python_version()}, torch {torch.__version__}, {torch.cuda.get_device_name(0)}")
-needed = ("triton", "numpy", "safetensors", "rich", "typer", "PIL", "scipy", "pytest", "hypothesis", "ninja", "setuptools")
+needed = ("triton", "timm", "numpy", "safetensors", "rich", "typer", "PIL", "scipy", "pytest", "hypothesis", "ninja", "setuptools")
 missing = [name for name in needed if importlib.util.find_spec(name) is None]
 print("missing: " + (", ".join(missing) if missing else "nothing"))
 PY
@@ -79,11 +79,21 @@ tail -n 1 "$out/pytest.log"
 
 commit=()
 git rev-parse HEAD >/dev/null 2>&1 || commit=(--commit "${2:-unrecorded}")
-for op in fake_quant packed_linear skinny_linear codes activation_codes soft_round packed_conv2d perturb prologue log2; do
-    step "bench $op" 150 bench.log "$python" -m bench run "$op" --results "$out" "${commit[@]}"
-done
+run_op() { step "bench $1" 150 bench.log "$python" -m bench run "$1" --results "$out" "${commit[@]}"; }
+run_op packed_linear
+run_op skinny_linear
+step "bench map" 90 bench.log "$python" -m bench map --seconds 0.02 --results "$out" "${commit[@]}"
+if "$python" -c 'import timm' 2>/dev/null; then
+    step "bench models" 120 bench.log "$python" -m bench models --seconds 0.2 --results "$out" "${commit[@]}"
+else
+    echo "== bench models: left out, timm is not installed"
+fi
+for op in packed_conv2d fake_quant codes activation_codes soft_round perturb prologue log2; do run_op "$op"; done
 
 timeout 30 "$python" -m bench report --results "$out" --output "$out/report.md" || failed+=("report")
+for part in map models; do
+    timeout 20 "$python" -m bench "$part" --table --results "$out" | tee "$out/$part.md"
+done
 timeout 30 "$python" -m bench report --results "$out" --short
 if [ ${#failed[@]} -gt 0 ]; then
     echo "gpu.sh: $SECONDS s; failed: $(IFS=,; echo "${failed[*]}")"

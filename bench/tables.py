@@ -1,5 +1,6 @@
 """Tables made from rows: what the README shows, and one commit against another. Losses are said in words."""
 
+import re
 from collections.abc import Iterable
 from itertools import groupby
 from statistics import median
@@ -54,6 +55,26 @@ def compare(before: list[Row], after: list[Row]) -> str:
     missing = len(old.keys() - new.keys()), len(new.keys() - old.keys())
     lines += ["", f"{len(lines) - 2} cases in both, {missing[0]} only before, {missing[1]} only after."]
     return "\n".join(lines) + "\n"
+
+
+def networks(rows: list[Row]) -> str:
+    """Lay out the rows of `bench models`: a line for each network and batch, a column for each rival."""
+    found = {}
+    for row in rows:
+        name = re.fullmatch(r"(.+), W4A8(, fused)?, batch (\d+), (.+) of (.+) MiB(, graph)?", row.case)
+        if row.op == "model" and name:
+            network, fused, batch, packed, whole, graph = name.groups(default="")
+            found[network + fused, int(batch), graph] = (f"{packed}, {whole}", row.case)
+    lines = {key: [r for r in rows if (r.op, r.case) == ("model", case)] for key, (_, case) in found.items()}
+    rivals = list(dict.fromkeys(r.rival for line in lines.values() for r in line))
+    heads = ["network", "batch", "weights, MiB: packed, float", "peak of the rest, MiB", "latency", "images/s"]
+    text = [_line([*heads, *(f"against {r}" for r in rivals)]), _line(["---"] * (len(heads) + len(rivals)))]
+    for (network, batch, graph), line in lines.items():
+        took, ratios = line[-1].p50_us, {r.rival: r.ratio for r in line}
+        cells = [network, f"{batch}{graph}", found[network, batch, graph][0], f"{line[-1].peak_mib:.0f}"]
+        cells += [_time(took), f"{batch / took * 1e6:.1f}"]
+        text.append(_line([*cells, *(_ratio(ratios[r]) if r in ratios else "-" for r in rivals)]))
+    return "\n".join(text)
 
 
 def summary(rows: list[Row]) -> str:

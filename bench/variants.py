@@ -8,6 +8,7 @@ from itertools import product
 import torch
 from ttaq.kernels import activation_codes as ac
 from ttaq.kernels import codes as cd
+from ttaq.kernels import dequantised as dq
 from ttaq.kernels import log2 as lg
 from ttaq.kernels import packed_conv2d as pc
 from ttaq.kernels import packed_linear as pl
@@ -229,6 +230,15 @@ def _packed_linear_variants() -> Iterator[Variant]:
         yield Variant("packed_linear", "_packed_linear_backward_kernel", name, args, 4, 2, False, False, _MMA[x])
 
 
+def _dequantised_variants() -> Iterator[Variant]:
+    sizes = dict.fromkeys(("N", "K", "row_bytes", "group"), "i32:16")
+    for to, bits, grouped in [("bf16", b, False) for b in cd.PACKABLE] + [("bf16", 4, True), ("fp32", 3, True)]:
+        tiles = {"BITS": bits, "GROUPED": grouped, "BLOCK_N": dq._ROWS, "BLOCK_K": dq._COLUMNS}
+        name = f"{to}, {bits} bits" + (", groups" if grouped else "")
+        args = {**_WEIGHT, "weight_ptr": f"*{to}", **sizes, **tiles}
+        yield Variant("dequantised", "_dequantise_kernel", name, args, 4, 3, True, False)
+
+
 def _packed_conv2d_variants() -> Iterator[Variant]:
     strides = [f"stride_{of}" for of in ("xb", "xc", "xh", "xw", "yb", "yc", "yp", "gb", "gc", "gh", "gw")]
     pairs = [f"{of}_{side}" for of in ("step", "pad", "dilation") for side in "hw"]
@@ -269,5 +279,6 @@ VARIANTS: list[Variant] = [
     *_codes_variants(),
     *_activation_codes_variants(),
     *_packed_linear_variants(),
+    *_dequantised_variants(),
     *_packed_conv2d_variants(),
 ]

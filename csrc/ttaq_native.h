@@ -42,6 +42,9 @@ enum ttaq_level { TTAQ_BASE = 0, TTAQ_V3 = 1, TTAQ_V4 = 2 };
 // The highest level that this processor runs and this library holds.
 TTAQ_EXPORT int ttaq_cpu_level(void);
 
+// The level whose products of codes run at that one: V4 wants AVX-512 VNNI as well, and without it they are those of V3.
+TTAQ_EXPORT int ttaq_cpu_product_level(void);
+
 // 1 when torch's own thread pool was found in the process, 0 when every call runs on one thread.
 TTAQ_EXPORT int ttaq_cpu_has_pool(void);
 

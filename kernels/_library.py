@@ -32,6 +32,7 @@ _COLUMNS = (_L, _L, _L, _L)  # outputs, conv_groups, inputs, stride of inputs
 _SIGNATURES = {
     "cpu": {
         "ttaq_cpu_level": (),
+        "ttaq_cpu_product_level": (),
         "ttaq_cpu_has_pool": (),
         "ttaq_cpu_fake_quant": (_P, _P, _P, _P, _I, _I, _I, _I, *_FORM, _I, _I),
         "ttaq_cpu_fake_quant_backward": (_P, _P, _P, _P, _P, _I, _P, _P, _I, _I, _I, *_FORM, _I, _I),
@@ -79,6 +80,13 @@ def cpu_level() -> str | None:
     """Return the highest instruction set that the CPU library and this processor share, or None without the library."""
     cpu = library("cpu")
     return None if cpu is None else LEVELS[cpu.ttaq_cpu_level()]
+
+
+@cache
+def product_level() -> str | None:
+    """Return the instruction set of the products of codes, or None without the library: "v4" only with VNNI."""
+    cpu = library("cpu")
+    return None if cpu is None else LEVELS[cpu.ttaq_cpu_product_level()]
 
 
 @cache

@@ -27,13 +27,13 @@ def parameters(*ops: str) -> list:
 
 
 def _marks(backend):
-    needs_gpu = backend == "cuda" or (backend == "triton" and torch.cuda.is_available())
+    needs_gpu = backend in ("cuda", "dequantised") or (backend == "triton" and torch.cuda.is_available())
     return [pytest.mark.gpu] if needs_gpu else []
 
 
 def device(backend: str) -> str:
     """Name the device that `backend` computes on in this test run."""
-    return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
+    return "cuda" if backend in ("cuda", "dequantised", "triton") and torch.cuda.is_available() else "cpu"
 
 
 def run(op: str, backend: str, args: tuple):

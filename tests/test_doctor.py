@@ -1,14 +1,15 @@
 """The doctor: every op is asked, and what it says is what happens."""
 
 import io
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
-from ttaq.kernels import _native
+from ttaq.kernels import _library, _native
 
 from ttaq import backend, dispatch
-from ttaq.doctor import SAMPLES, describe_machine, examine, print_report
+from ttaq.doctor import SAMPLES, _describe_products, describe_machine, examine, print_report
 
 
 def test_every_op_has_a_sample_that_runs():
@@ -55,6 +56,34 @@ def test_the_machine_is_described():
     assert machine["torch"] == torch.__version__
     assert machine["threads"].startswith(f"{torch.get_num_threads()} of torch")
     assert (_native.cpu_level() or "never") in machine["native cpu"] or _native.reason("cpu")
+
+
+@pytest.mark.parametrize(
+    ("level", "processor", "words"),
+    [
+        ("v4", "v4", ("AVX-512 VNNI", "64 pairs")),
+        ("v3", "v4", ("AVX2", "AVX-512 without its VNNI part")),
+        ("v3", "v3", ("AVX2", "no AVX-512 VNNI")),
+        ("base", "base", ("base", "neither AVX2 nor AVX-512 VNNI")),
+        (None, None, ("by torch", "no native library")),
+    ],
+)
+def test_products_are_named_with_the_reason(level, processor, words):
+    line = _describe_products(level, processor)
+    assert all(word in line for word in words)
+    assert "\n" not in line
+
+
+def test_the_products_here_are_those_of_the_processor():
+    assert describe_machine()["products"] == _describe_products(_library.product_level(), _native.cpu_level())
+    if _native.reason("cpu"):
+        return
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text().split() if cpuinfo.is_file() else []
+    if "avx512_vnni" in flags and _native.cpu_level() == "v4":
+        assert _library.product_level() == "v4"
+    elif flags:
+        assert _library.product_level() != "v4"
 
 
 @pytest.mark.gpu

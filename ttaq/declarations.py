@@ -6,6 +6,7 @@ from .dispatch import Implementation, cpu, declare, gpu, never
 from .kernels import _epilogue as ep
 from .kernels import activation_codes as ac
 from .kernels import codes as cd
+from .kernels import dequantised as dq
 from .kernels import fake_quant as fq
 from .kernels import log2 as lg
 from .kernels import packed_conv2d as pc
@@ -143,6 +144,7 @@ PACKED_LINEAR = declare(
     "packed_linear(Tensor x, Tensor words, Tensor scale, Tensor zero, Tensor? bias, int bits, int group,"
     f" Tensor? x_scale, Tensor? x_zero, int x_bits, ScalarType dtype, {ep.SCHEMA}) -> {_FINISHED}",
     Implementation("cuda", sl.launch, gpu(sl.refuses)),
+    Implementation("dequantised", dq.launch, gpu(dq.refuses), dq.WHY),
     Implementation("triton", pl.launch, gpu(pl.refuses)),
     Implementation("cpu", pl.launch_cpu, cpu(pl.refuses_cpu)),
     Implementation("unpacked", pl.launch_unpacked, cpu(pl.refuses_unpacked)),
@@ -153,6 +155,7 @@ PACKED_LINEAR_BACKWARD = declare(
     "packed_linear_backward(Tensor grad, Tensor words, Tensor scale, Tensor zero, int bits, int group, int k)"
     " -> Tensor",
     Implementation("cuda", pl.launch_backward, gpu(sl.refuses_backward)),
+    Implementation("dequantised", dq.launch_backward, gpu(dq.refuses_backward), dq.WHY),
     Implementation("triton", pl.launch_backward, gpu(pl.refuses_backward)),
     Implementation("cpu", pl.launch_cpu_backward, cpu(pl.refuses_cpu_backward)),
     Implementation("unpacked", pl.launch_unpacked_backward, cpu(pl.refuses_unpacked)),

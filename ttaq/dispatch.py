@@ -15,11 +15,15 @@ _forced: str | None = os.environ.get("TTAQ_BACKEND") or None
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run an op: `refuses(*args)` gives None or one sentence that says why it cannot run here."""
+    """One way to run an op: `refuses(*args)` gives None or one sentence that says why it cannot run here.
+
+    `why` says what puts it before those that follow, where that is not plain.
+    """
 
     name: str
     run: Callable
     refuses: Refusal
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ def backend(name: str | None) -> Iterator[None]:
     """Force one implementation of every op, in the whole process, while the context is open.
 
     Args:
-        name: "triton", "cuda", "cpu" or "reference"; None for the ordinary choice.
+        name: "triton", "cuda", "dequantised", "cpu", "unpacked" or "reference"; None for the ordinary choice.
 
     Raises:
         ValueError: No op has an implementation of that name.
@@ -146,6 +150,7 @@ def explain(op: str, *args) -> str:
         raise ValueError(f"explain: wanted one of {', '.join(OPS)}, got {op!r}")
     rows = OPS[op].explain(*args)
     running = next((name for name, reason in rows if reason is None and _forced in (None, name)), None)
+    why = {i.name: f": {i.why}" for i in OPS[op].implementations if i.why and _forced is None}.get(running, "")
     lines = []
     for name, reason in rows:
         if name == running:
@@ -153,5 +158,6 @@ def explain(op: str, *args) -> str:
         elif reason is not None:
             lines.append(f"{name}: refuses, {reason}")
         else:
-            lines.append(f"{name}: could run, but {running or _forced} is {'forced' if _forced else 'tried before it'}")
+            before = "forced" if _forced else f"tried before it{why}"
+            lines.append(f"{name}: could run, but {running or _forced} is {before}")
     return "\n".join(lines)

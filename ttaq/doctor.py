@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from . import declarations, dispatch
-from .kernels import _native, _triton
+from .kernels import _library, _native, _triton
 
 
 def describe_machine() -> dict[str, str]:
@@ -27,6 +27,7 @@ def describe_machine() -> dict[str, str]:
         "processor": _processor(),
         "threads": f"{torch.get_num_threads()} of torch, {os.cpu_count()} in the machine",
         "native cpu": _native.reason("cpu") or f"runs at level {_native.cpu_level()} of {', '.join(_native.LEVELS)}",
+        "products": _describe_products(_library.product_level(), _native.cpu_level()),
         "native cuda": _native.reason("cuda") or "runs",
         "triton kernels": _triton.refuses() or ("interpreted" if _triton.INTERPRETED else "compiled where a GPU is"),
         "gpus": ", ".join(gpus) or "none that torch can use",
@@ -90,6 +91,18 @@ def _processor():
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else platform.processor() or platform.machine()
+
+
+def _describe_products(level, processor):
+    """Name the instructions that multiply codes on the CPU, by the level of the products and of the processor."""
+    if level is None:
+        return "multiplied by torch, on codes that are unpacked first: there is no native library"
+    if level == "v4":
+        return "AVX-512 VNNI: this processor multiplies and adds 64 pairs of 8-bit codes in one instruction"
+    if level == "v3":
+        lacks = "AVX-512 without its VNNI part" if processor == "v4" else "no AVX-512 VNNI"
+        return f"AVX2: 16 pairs of codes in one instruction; this processor has {lacks}, which would multiply 64"
+    return "base: ordinary C++, slow; this processor has neither AVX2 nor AVX-512 VNNI, which take many codes at once"
 
 
 def _grid():

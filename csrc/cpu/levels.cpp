@@ -32,10 +32,17 @@ const Products* products_of(int level) {
   return level == TTAQ_BASE ? &base::products : &v3::products;
 }
 
+static int product_level() {
+  const Products* products = products_of(ttaq_cpu_level());
+  if (products == &v4::products) return TTAQ_V4;
+  return products == &v3::products ? TTAQ_V3 : TTAQ_BASE;
+}
+
 #else
 
 const Kernels* kernels_of(int level) { return level == TTAQ_BASE ? &base::kernels : nullptr; }
 const Products* products_of(int level) { return level == TTAQ_BASE ? &base::products : nullptr; }
+static int product_level() { return TTAQ_BASE; }
 
 #endif
 
@@ -46,3 +53,5 @@ int ttaq_cpu_level(void) {
   while (!ttaq::kernels_of(level)) --level;
   return level;
 }
+
+int ttaq_cpu_product_level(void) { return ttaq::product_level(); }
