@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ttaq
-from ttaq import perturbation, reconstruct
+from ttaq import objectives, perturbation, reconstruct
 from ttaq.blocks import find_blocks
 from ttaq.caching import BlockCache
 from ttaq.consistency import PCR
@@ -462,9 +462,22 @@ def test_the_rule_chooses_a_strength_and_says_how(form):
     report = reconstruct(model, [input_of("resnet", 16)], pem=PEM(form=form), **QUICK | {"steps": 10})
     errors = report["pem"]["errors"]
     assert tuple(errors) == STRENGTHS
-    assert report["pem"]["strength"] == min(errors, key=errors.get)
+    best = min(errors, key=errors.get)
+    assert report["pem"]["strength"] == (best if errors[best] <= 0.98 * errors[0.0] else 0.0)
     assert report["pem"]["pilot"] in [row["name"] for row in report["blocks"]]
     assert len(set(errors.values())) == len(STRENGTHS)
+
+
+def test_a_strength_that_gains_less_than_chance_is_none_and_leaves_no_trace(monkeypatch):
+    states = []
+    for pem, margin in ((None, 0.0), (PEM(), 0.9), (PEM(), -1.0)):
+        monkeypatch.setattr(objectives, "_MARGIN", margin)
+        monkeypatch.setattr(objectives, "STRENGTHS", (0.0, 0.1))
+        model = calibrated("resnet", "w3a4")
+        report = reconstruct(model, [input_of("resnet", 16)], pem=pem, **QUICK)
+        assert pem is None or report["pem"]["strength"] in ((0.0,) if margin > 0 else (0.0, 0.1))
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
 
 @pytest.mark.parametrize("kind", ["input", "gauss"])

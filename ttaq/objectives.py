@@ -16,9 +16,11 @@ from .learning import Learned
 from .moments import depth_weights, measure_noise
 from .perturbation import PEM, STRENGTHS, Propagation, preconditioned
 from .quantizers import disabled
+from .surgery import device_of
 
 _LOOK = 256  # images that PEM's moments come from
 _PILOT = 5  # a pilot run takes a fifth of the steps
+_MARGIN = 0.02  # of the error without PEM: what chance alone makes between pilots
 
 
 class Objectives:
@@ -77,9 +79,14 @@ class Objectives:
         """Choose PEM's strength without labels, and return how.
 
         The middle block is learned for a fifth of the steps with each of `STRENGTHS`, from float inputs, without PCR,
-        on seven eighths of the images. The strength that errs least wins: the squared distance to the float block's
-        output on the other eighth under changes of light and noise. It is found once and serves all blocks.
+        on seven eighths of the images. The strength that errs least wins, if it errs less by `_MARGIN` than none does:
+        the squared distance to the float block's output on the other eighth under changes of light and noise. It is
+        found once and serves all blocks; random numbers go on as if it had not been asked.
         """
+        with torch.random.fork_rng(_devices(self.model)):
+            return self._pilots(blocks, schedule)
+
+    def _pilots(self, blocks, schedule):
         block = blocks[len(blocks) // 2]
         seen, held = self._parts(block)
         quick = replace(schedule, steps=max(1, schedule.steps // _PILOT))
@@ -94,7 +101,8 @@ class Objectives:
             with torch.no_grad():
                 errors[strength] = squared_distance(run_block(self.model, block, held[0]), held[1]).item()
             start.restore()
-        self.pem = replace(chosen, strength=min(errors, key=errors.get))
+        best = min(errors, key=errors.get)
+        self.pem = replace(chosen, strength=best if errors[best] <= (1 - _MARGIN) * errors[0.0] else 0.0)
         return {"strength": self.pem.strength, "pilot": block.name, "errors": errors}
 
     @torch.no_grad()
@@ -113,6 +121,11 @@ class Objectives:
 
     def _run(self, block, quantised, floats):
         return lambda coded: run_block(self.model, block, quantised if coded else floats)
+
+
+def _devices(model):
+    device = device_of(model)
+    return [device] if device.type == "cuda" else []
 
 
 def _products(model, block):

@@ -91,7 +91,7 @@ def decisions(report: dict) -> list[str]:
     if "pilot" in (report.get("pem") or {}):
         pem = report["pem"]
         errors = ", ".join(f"{strength}: {error:.4g}" for strength, error in pem["errors"].items())
-        pilot = f"the least error of {pem['pilot']} on perturbed images held out"
+        pilot = f"by the error of {pem['pilot']} on perturbed images held out"
         found.append(f"PEM: strength {pem['strength']:g}, {pilot} ({errors})")
     if "refinement" in report:
         held, kept = report["refinement"]["held_out"], report["refinement"]["kept"]
