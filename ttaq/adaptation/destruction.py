@@ -33,7 +33,7 @@ def shuffle_patches(x: Tensor, generator: torch.Generator, rows: int = 4, column
     high, wide = height // rows, width // columns
     part = x[:, :, : rows * high, : columns * wide]
     patches = part.reshape(n, channels, rows, high, columns, wide).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    order = torch.rand(n, rows * columns, generator=generator, device=generator.device).argsort(1, stable=True)
+    order = torch.rand(n, rows * columns, generator=generator, device=generator.device).argsort(dim=1, stable=True)
     moved = patches[torch.arange(n, device=x.device)[:, None], order.to(x.device)]
     moved = moved.unflatten(1, (rows, columns)).permute(0, 3, 1, 4, 2, 5).reshape(part.shape)
     y = x.clone()
