@@ -1,167 +1,32 @@
-"""ETA, EATA, SAR and DeYO against straight lines from the papers, and where they differ from public code on purpose."""
+"""ETA, EATA, SAR and DeYO against straight lines from the papers; what they remember, select and refuse."""
 
-import copy
-import functools
 import io
 import math
 
 import pytest
 import torch
-from tiny import SIDE, calibrated, resnet, vit
-from torch import nn
+from straight_lines import (
+    CLASSES,
+    FACTOR,
+    NETS,
+    OPTIONS,
+    PACKED,
+    adapter_of,
+    anchor,
+    configured,
+    destroyed,
+    h,
+    run,
+    same,
+    straight_deyo,
+    straight_eta,
+    straight_sar,
+    stream,
+)  # fmt: skip
+from tiny import SIDE, resnet
 
-import ttaq
 from ttaq.adaptation import ABL, adapt
-from ttaq.adaptation.destruction import occlude, shuffle_patches, shuffle_pixels
 from ttaq.adaptation.selection import redundancy
-
-CLASSES = 6
-OPTIONS = {"eta": {"d": 0.9}, "eata": {"d": 0.9}, "sar": {}, "deyo": {}}
-NETS = {"batch norm": resnet, "layer norm": vit}
-FACTOR = {"batch norm": 18.0, "layer norm": 9.0}  # of the logits, so that some images are reliable and some are not
-PACKED = {
-    "fake-quantised resnet": lambda: calibrated("resnet", "w4a4"),
-    "packed resnet": lambda: ttaq.pack(calibrated("resnet", "w4a4")),
-    "packed vit": lambda: ttaq.pack(calibrated("vit", "w4a4")),
-}
-
-
-def stream(batches=20, n=24, seed=5):
-    generator = torch.Generator().manual_seed(seed)
-    return [(1 + i / 20) * torch.randn(n, 3, SIDE, SIDE, generator=generator) for i in range(batches)]
-
-
-def anchor():
-    return stream(3, seed=77)
-
-
-def sharp(factor, model, x):
-    return factor * model(x)
-
-
-def adapter_of(model, method, factor=18.0, **options):
-    options = {**OPTIONS[method], **({"anchor": anchor()} if method == "eata" else {}), "full_batch": 0, **options}
-    return adapt(model, method, forward=functools.partial(sharp, factor), **options)
-
-
-# straight lines from the papers, in nothing but torch
-
-
-def configured(model):
-    """Copy a model for adaptation and list its affine parameters."""
-    model = copy.deepcopy(model).eval().requires_grad_(False)
-    affine = []
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.track_running_stats, module.running_mean, module.running_var = False, None, None
-        if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)):
-            module.requires_grad_(True)
-            affine += [module.weight, module.bias]
-    return model, affine
-
-
-def h(z):
-    return -(z.softmax(1) * z.log_softmax(1)).sum(1)
-
-
-def straight_eta(model, factor, batches, d=0.9, fisher_batches=(), beta=1.0):
-    model, affine = configured(model)
-    source, fisher = [p.detach().clone() for p in affine], [0.0] * len(affine)
-    for x in fisher_batches:
-        z = factor * model(x)
-        loss = -z.log_softmax(1)[torch.arange(len(x)), z.argmax(1)].mean()
-        gradients = torch.autograd.grad(loss, affine)
-        fisher = [f + g**2 / len(fisher_batches) for f, g in zip(fisher, gradients, strict=True)]
-    optimizer, m, bound = torch.optim.Adam(affine, lr=1e-3), None, 0.4 * math.log(CLASSES)
-    counts, outputs = [], []
-    for x in batches:
-        z = factor * model(x)
-        outputs.append(z.detach())
-        p, unsure, keep = z.softmax(1).detach(), h(z), []
-        for b in range(len(x)):
-            new = m is None or (p[b] @ m) / (p[b].norm() * m.norm()) < d
-            if unsure[b] < bound and new:
-                keep.append(b)
-        counts.append(len(keep))
-        if not keep:
-            continue
-        mean = p[keep].mean(0)
-        m = mean if m is None else 0.9 * m + 0.1 * mean
-        loss = (torch.exp(bound - unsure[keep].detach()) * unsure[keep]).mean()
-        if fisher_batches:
-            pull = [(f * (p - s) ** 2).sum() for f, p, s in zip(fisher, affine, source, strict=True)]
-            loss = loss + beta * sum(pull)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return outputs, counts
-
-
-def straight_sar(model, factor, batches, rho=0.05):
-    model, affine = configured(model)
-    optimizer, bound = torch.optim.Adam(affine, lr=1e-3), 0.4 * math.log(CLASSES)
-    counts, outputs = [], []
-    for x in batches:
-        z = factor * model(x)
-        outputs.append(z.detach())
-        first = h(z) < bound
-        counts.append(int(first.sum()))
-        if not first.any():
-            continue
-        gradients = torch.autograd.grad(h(z)[first].mean(), affine)
-        norm = torch.cat([g.flatten() for g in gradients]).norm()
-        before = [p.detach().clone() for p in affine]
-        for p, g in zip(affine, gradients, strict=True):
-            p.data = p.data + rho * g / norm
-        z = factor * model(x)
-        second = first & (h(z) < bound)
-        for p in affine:
-            p.grad = None
-        if second.any():
-            h(z)[second].mean().backward()
-        for p, held in zip(affine, before, strict=True):
-            p.data = held
-        if second.any():
-            optimizer.step()
-    return outputs, counts
-
-
-def destroyed(x, generator):
-    """Shuffle the sixteen patches of each image, one by one."""
-    order, side, y = torch.rand(len(x), 16, generator=generator).argsort(1), SIDE // 4, torch.empty_like(x)
-    for b in range(len(x)):
-        for to, of in enumerate(order[b].tolist()):
-            (row, column), (top, left) = divmod(to, 4), divmod(of, 4)
-            patch = x[b, :, top * side : top * side + side, left * side : left * side + side]
-            y[b, :, row * side : row * side + side, column * side : column * side + side] = patch
-    return y
-
-
-def straight_deyo(model, factor, batches, plpd=0.2, seed=0):
-    model, affine = configured(model)
-    optimizer, counts, outputs, draws = torch.optim.Adam(affine, lr=1e-3), [], [], 0
-    for x in batches:
-        z = factor * model(x)
-        outputs.append(z.detach())
-        unsure = h(z).detach()
-        if not (unsure < 0.5 * math.log(CLASSES)).any():
-            counts.append(0)
-            continue
-        with torch.no_grad():
-            other = factor * model(destroyed(x, torch.Generator().manual_seed(seed * 1_000_003 + draws)))
-        draws += 1
-        of = torch.arange(len(x)), z.argmax(1)
-        fall = z.softmax(1).detach()[of] - other.softmax(1)[of]
-        keep = [b for b in range(len(x)) if unsure[b] < 0.5 * math.log(CLASSES) and fall[b] > plpd]
-        counts.append(len(keep))
-        if not keep:
-            continue
-        weight = 1 / torch.exp(unsure - 0.4 * math.log(CLASSES)) + 1 / torch.exp(-fall)
-        optimizer.zero_grad()
-        (weight * h(z))[keep].mean().backward()
-        optimizer.step()
-    return outputs, counts
-
 
 STRAIGHT = {
     "eta": straight_eta,
@@ -183,22 +48,6 @@ def test_methods_equal_their_papers_over_twenty_batches(method, net):
     assert 0 < sum(counts) < 20 * 24  # some images were selected, some were not
     assert adapter.steps > 10
     assert (expected[-1] - factor * configured(model)[0](stream()[-1])).abs().max() > 1e-3
-
-
-# what they remember, select and refuse
-
-
-def run(adapter, batches):
-    return [adapter(x) for x in batches]
-
-
-def same(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    tensors = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
-    return torch.equal(a, b) if tensors else a is b or (type(a) is type(b) and a == b)
 
 
 @pytest.mark.parametrize("model", [*NETS, *PACKED])
@@ -322,6 +171,17 @@ def test_a_balanced_loss_changes_what_is_learned_once_it_remembers(method, loss)
     assert balanced.state_dict()["memory"]["loss"]
 
 
+@pytest.mark.parametrize("method", ["sar", "deyo"])
+def test_the_second_pass_leaves_the_statistics_of_the_first(method):
+    every = {"margin": 2.0, "plpd": -1.0} if method == "deyo" else {"margin": 2.0}
+    adapter, norm = adapter_of(resnet(), method, statistics="ema", **every), adapt(resnet(), "norm", statistics="ema")
+    x = stream(1)[0]
+    adapter(x), norm(x)
+    assert adapter.steps == 1
+    moments = {name: t for name, t in adapter.method.tensors().items() if "running" in name}
+    assert same(moments, norm.state_dict()["tensors"])
+
+
 # ETA and EATA
 
 
@@ -371,95 +231,6 @@ def test_eata_refuses_what_is_no_anchor(given, says):
         adapt(resnet(), "eata", anchor=given)
 
 
-# SAR
-
-
-def test_sar_recovers_below_a_share_of_the_largest_entropy_not_below_fixed_nats():
-    """Deliberate: the published 0.2 nats are for 1,000 classes."""
-    x, bound = stream(1)[0], 0.2 * math.log(CLASSES) / math.log(1000)
-    for factor in (100.0, 2000.0):
-        adapter = adapter_of(resnet(), "sar", factor, lr=0.0, rho=0.0)
-        average = h(factor * configured(resnet())[0](x))
-        average = average[average < 0.4 * math.log(CLASSES)].mean().item()
-        adapter(x)
-        assert average < 0.2
-        if average < bound:
-            assert adapter.history[-1].reason.startswith(f"collapse: the entropy averaged {average:.3g}, below 0.0519")
-            assert adapter.history[-1].skipped
-        else:
-            assert adapter.method.average == pytest.approx(average, rel=1e-4)
-            assert adapter.steps == 1
-    assert average < bound  # the second factor
-    never = adapter_of(resnet(), "sar", 2000.0, recovery=0.0)
-    never(x)
-    assert never.steps == 1
-
-
-def test_sar_starts_its_average_anew_after_a_recovery():
-    """Deliberate: with a stale average the next batch, which is no collapse, would be taken for one."""
-    factors, model = iter([40.0, 40.0, 4000.0, 4000.0, 40.0, 40.0]), resnet()
-    adapter = adapt(model, "sar", lr=1e-2, recovery=1.0, loss="abl", statistics="ema", full_batch=0)
-    source, x = adapter.state_dict(), stream(1)[0]
-    seen = []
-    for factor in factors:
-        adapter.method.forward = functools.partial(sharp, factor)
-        adapter(x)
-        seen.append((adapter.method.average, adapter.history[-1].reason))
-        if adapter.history[-1].reason:
-            break
-    bound = 1.0 * math.log(CLASSES) / math.log(1000)
-    assert len(seen) >= 1
-    assert seen[-1][1].startswith("collapse")
-    assert seen[-1][0] is None
-    after = adapter.state_dict()
-    assert same(after["tensors"], source["tensors"])
-    assert same(after["memory"], source["memory"])
-    mild = functools.partial(sharp, 12.0)
-    adapter.method.forward = mild
-    fresh = adapt(model, "sar", lr=1e-2, recovery=0.0, loss="abl", statistics="ema", full_batch=0, forward=mild)
-    adapter(x), fresh(x)
-    assert adapter.history[-1].reason is None
-    assert adapter.method.average == fresh.method.average > bound
-
-
-@pytest.mark.parametrize("method", ["sar", "deyo"])
-def test_the_second_pass_leaves_the_statistics_of_the_first(method):
-    every = {"margin": 2.0, "plpd": -1.0} if method == "deyo" else {"margin": 2.0}
-    adapter, norm = adapter_of(resnet(), method, statistics="ema", **every), adapt(resnet(), "norm", statistics="ema")
-    x = stream(1)[0]
-    adapter(x), norm(x)
-    assert adapter.steps == 1
-    moments = {name: t for name, t in adapter.method.tensors().items() if "running" in name}
-    assert same(moments, norm.state_dict()["tensors"])
-
-
-@pytest.mark.parametrize("guard", [True, False])
-@pytest.mark.parametrize("fault", ["flat", "interrupted", "bad"])
-def test_sar_comes_down_whatever_happens_above(guard, fault):
-    calls = []
-
-    def second(model, x):
-        calls.append(len(x))
-        if len(calls) != 2:
-            return 18 * model(x)
-        if fault == "interrupted":
-            raise KeyboardInterrupt
-        return model(x) * (1e-3 if fault == "flat" else math.nan)
-
-    adapter = adapt(resnet(), "sar", forward=second, guard=guard, rho=1.0)
-    before = [p.detach().clone() for p in adapter.method.parameters.values()]
-    if fault == "interrupted":
-        with pytest.raises(KeyboardInterrupt):
-            adapter(stream(1)[0])
-    else:
-        adapter(stream(1)[0])
-        assert adapter.skipped == 1
-    assert same(list(adapter.method.parameters.values()), before)
-    assert adapter.method.average is None
-    adapter(stream(1)[0])
-    assert adapter.history[-1].reason is None
-
-
 # DeYO
 
 
@@ -474,30 +245,6 @@ def test_every_transform_adapts(transform):
     adapter = adapter_of(resnet(), "deyo", transform=transform, plpd=-1.0)
     run(adapter, stream(2))
     assert adapter.steps == 2
-
-
-def test_patches_change_places_whole_and_each_image_by_itself():
-    x = torch.arange(2 * 3 * 16 * 16.0).reshape(2, 3, 16, 16)
-    y = shuffle_patches(x, torch.Generator().manual_seed(3))
-    assert torch.equal(y, destroyed(x, torch.Generator().manual_seed(3)))
-    assert not torch.equal(y[0] - x[0], y[1] - x[1])
-    z = shuffle_pixels(x, torch.Generator().manual_seed(3))
-    for changed in (y, z):
-        assert torch.equal(changed.flatten(2).sort().values, x.flatten(2))
-    assert torch.equal(z[:, 1] - z[:, 0], torch.full((2, 16, 16), 256.0))  # the channels of a pixel stay together
-
-
-def test_what_patches_do_not_divide_stays_and_the_middle_is_covered():
-    x = torch.randn(2, 3, 10, 7)
-    y = shuffle_patches(x, torch.Generator().manual_seed(0))
-    assert torch.equal(y[:, :, 8:], x[:, :, 8:])
-    assert torch.equal(y[:, :, :, 4:], x[:, :, :, 4:])
-    assert not torch.equal(y, x)
-    x = torch.randn(2, 3, 8, 12)
-    y = occlude(x)
-    assert torch.equal(y[0, 1, 2:6, 3:9], x[0, 1].mean().expand(4, 6))
-    y[:, :, 2:6, 3:9] = x[:, :, 2:6, 3:9]
-    assert torch.equal(y, x)
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,9 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def scales(model: nn.Module) -> dict[str, ActivationQuantizer]:
-    """Name the activation quantisers whose scale can learn: those with one scale a tensor."""
+    """Name the activation quantisers whose scale can learn: those with one scale a tensor, calibrated."""
     found = {name: m for name, m in model.named_modules() if isinstance(m, ActivationQuantizer)}
-    return {name: m for name, m in found.items() if m.spec.granularity == "tensor"}
+    return {name: m for name, m in found.items() if m.spec.granularity == "tensor" and m.ready}
 
 
 def _affine(model: nn.Module) -> set[str]:
@@ -163,11 +163,12 @@ def share_model(model: nn.Module) -> nn.Module:
         return not tensor.is_inference() and (isinstance(tensor, nn.Parameter) or tensor.dtype == torch.uint8)
 
     own = copy_model(model, stays)
-    views: dict[nn.Parameter, nn.Parameter] = {}  # parameters of our own: their requires_grad is not the caller's
+    # parameters of our own, whose requires_grad and version are not the caller's
+    views: dict[nn.Parameter, nn.Parameter] = {}
     for module in own.modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 if parameter not in views:
-                    views[parameter] = nn.Parameter(parameter.detach(), requires_grad=False)
+                    views[parameter] = nn.Parameter(parameter.data, requires_grad=False)
                 module._parameters[key] = views[parameter]
     return own
