@@ -76,6 +76,8 @@ def test_sar_comes_down_whatever_happens_above(guard, fault):
     else:
         adapter(stream(1)[0])
         assert adapter.skipped == 1
+        bad = fault == "bad" and guard
+        assert adapter.history[-1].reason == ("NaN or Inf in logits" if bad else "no image was selected")
     assert same(list(adapter.method.parameters.values()), before)
     assert adapter.method.average is None
     adapter(stream(1)[0])

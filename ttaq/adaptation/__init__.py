@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .bank import DomainBank
 from .gradient import GradientMethod, Tent
-from .guard import Skip
+from .guard import Settled, Skip
 from .history import Step, write_history
 from .losses import ABL, DOT, Loss, entropy
 from .method import Forward, Method
@@ -38,6 +38,7 @@ __all__ = [
     "Loss",
     "Method",
     "Norm",
+    "Settled",
     "Skip",
     "Source",
     "Step",

@@ -83,6 +83,7 @@ class SAR(GradientMethod):
             reliable = reliable * self._reliable(logits)
             loss = selected_mean(self.balance.terms(logits), reliable)
             if loss is None:
+                guard.check(logits=[logits])
                 return None
             self._differentiate(loss, guard, logits=[logits])
         self._descend(len(x), guard)
@@ -102,10 +103,11 @@ class SAR(GradientMethod):
         with torch.no_grad():
             norms = [torch.linalg.vector_norm(p.grad.float()) for p in moving]
             length = self.rho / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-12) if norms else 0.0
-            for p in moving:
-                p.add_(p.grad * length)
-        self.optimizer.zero_grad()
         try:
+            with torch.no_grad():
+                for p in moving:
+                    p.add_(p.grad * length)
+            self.optimizer.zero_grad()
             yield
         finally:
             with torch.no_grad():
