@@ -36,7 +36,8 @@ def sharp(factor, model, x):
 
 
 def adapter_of(model, method, factor=18.0, **options):
-    options = {**OPTIONS[method], **({"anchor": anchor()} if method == "eata" else {}), "full_batch": 0, **options}
+    defaults = {**OPTIONS[method], **({"anchor": anchor()} if method == "eata" else {})}
+    options = {**defaults, "full_batch": 0, "guard": "finite", **options}
     return adapt(model, method, forward=functools.partial(sharp, factor), **options)
 
 

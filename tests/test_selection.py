@@ -110,6 +110,13 @@ def test_a_batch_without_a_selected_image_takes_no_step_and_says_so(method):
     assert not adapter.method.optimizer.state
 
 
+def test_the_guard_watches_batches_without_a_selected_image_too():
+    adapter = adapter_of(resnet(), "eta", margin=1e-6, guard=True)
+    run(adapter, stream(3))
+    assert adapter.skipped == adapter.guard.collapse.batches == 3
+    assert adapter.guard.correlation.frequency
+
+
 def test_bad_logits_of_unselected_images_are_still_a_fault():
     def overflowing(model, x):
         return model(x) * torch.where(x.amax() > 50, torch.inf, 1.0)
