@@ -18,6 +18,10 @@ ALL = [
     ("norm", {"statistics": "ema"}),
     ("tent", {}),
     ("tent", {"statistics": "ema", "steps": 2}),
+    ("eta", {"margin": 2.0, "d": 2.0}),
+    ("eata", {"margin": 2.0, "d": 2.0, "anchor": [torch.randn(4, 3, 8, 8)], "statistics": "ema", "steps": 2}),
+    ("sar", {"margin": 2.0, "statistics": "ema"}),
+    ("deyo", {"margin": 2.0, "plpd": -1.0, "statistics": "blend"}),
 ]
 STREAM = [7, 7, 7, 1, 4]
 

@@ -135,14 +135,14 @@ def quantize(
 def evaluate(
     file: Annotated[Path, typer.Argument(help="A checkpoint that `ttaq quantize` wrote.")],
     data: Data,
-    adapter: Annotated[str, typer.Option(help="source, norm or tent.")] = "source",
+    adapter: Annotated[str, typer.Option(help="source, norm, tent, eta, sar or deyo.")] = "source",
     stream: Annotated[
         str, typer.Option(help="clean, corruptions (all fifteen), or names with commas between.")
     ] = "corruptions",
     severity: Annotated[int, typer.Option(min=1, max=5)] = 5,
     images: Annotated[int | None, typer.Option(min=1, help="A domain; default: 1,000 or all there are.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images that adapt at once.")] = 64,
-    lr: Annotated[float | None, typer.Option(help="Of tent; default: the method's own.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Of what descends a gradient; default: its own.")] = None,
     model: Annotated[str | None, typer.Option(help="What builds the architecture, if not what the file says.")] = None,
     classes: Classes = None,
     seed: Seed = 0,

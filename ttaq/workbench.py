@@ -111,7 +111,7 @@ def evaluate_file(
     Args:
         path: The checkpoint.
         data: Class folders, an .npz file, or the published CIFAR-C or ImageNet-C.
-        adapter: "source", "norm" or "tent".
+        adapter: A method that needs no data of its own: "source", "norm", "tent", "eta", "sar" or "deyo".
         stream: "clean", "corruptions" (all there are) or names with commas between.
         severity: 1 to 5.
         images: A domain; None for 1,000, or all there are if fewer.

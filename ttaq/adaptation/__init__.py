@@ -9,40 +9,57 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..surgery import copy_model
 from .adapter import Adapter
 from .bank import DomainBank
 from .gradient import GradientMethod, Tent
-from .guard import Skip
+from .guard import Settled, Skip
 from .history import Step, write_history
 from .losses import ABL, DOT, Loss, entropy
 from .method import Forward, Method
 from .norm import Norm, Source
+from .parameters import collect_params, configure_model, share_model
+from .selection import EATA, ETA, DeYO
+from .sharpness import SAR
 from .statistics import AdaptiveBatchNorm
 from .telemetry import Telemetry
 
 __all__ = [
     "ABL",
     "DOT",
+    "EATA",
+    "ETA",
     "METHODS",
+    "SAR",
     "Adapter",
     "AdaptiveBatchNorm",
+    "DeYO",
     "DomainBank",
     "GradientMethod",
     "Loss",
     "Method",
     "Norm",
+    "Settled",
     "Skip",
     "Source",
     "Step",
     "Telemetry",
     "Tent",
     "adapt",
+    "collect_params",
+    "configure_model",
     "entropy",
     "write_history",
 ]
 
-METHODS: dict[str, type[Method]] = {"source": Source, "norm": Norm, "tent": Tent}
+METHODS: dict[str, type[Method]] = {
+    "source": Source,
+    "norm": Norm,
+    "tent": Tent,
+    "eta": ETA,
+    "eata": EATA,
+    "sar": SAR,
+    "deyo": DeYO,
+}
 
 
 def adapt(
@@ -65,7 +82,8 @@ def adapt(
 
     Args:
         model: A classifier: float, prepared or packed.
-        method: A name in `METHODS` ("source", "norm", "tent", or one added to that dict), or a `Method` class.
+        method: A name in `METHODS` ("source", "norm", "tent", "eta", "eata", "sar", "deyo", or one added to that
+            dict), or a `Method` class.
         forward: Called as ``forward(model, x)``, returns logits (batch, classes); None calls ``model(x)``.
         guard: True, "finite" or False: whether NaN and Inf skip the step and restore the last good state, and whether
             correlated batches and collapse are answered, see `Adapter`.
@@ -88,7 +106,7 @@ def adapt(
         raise ValueError(f'adapt: guard must be True, "finite" or False, got {guard!r}; use True')
     with torch.inference_mode(False), torch.no_grad():
         flags = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
-        own = model if inplace else _share(model)
+        own = model if inplace else share_model(model)
         made = chosen(own.eval().requires_grad_(False), forward or _call, **options)
         drift = Telemetry(own, every=telemetry, reference=reference, forward=forward) if telemetry else None
         domains = DomainBank(bank) if isinstance(bank, int) and bank else bank or None
@@ -104,25 +122,18 @@ def _choose(method: str | type[Method], options: dict[str, Any]) -> tuple[str, t
     if isinstance(method, str) and method not in METHODS:
         raise ValueError(f"adapt: method must be one of {', '.join(METHODS)}, got {method!r}; add yours to METHODS")
     name, chosen = (method, METHODS[method]) if isinstance(method, str) else (method.__name__, method)
-    known = list(inspect.signature(chosen).parameters)[2:]
+    known = _options(chosen)
     if unknown := sorted(options.keys() - set(known)):
         takes = ", ".join(known) or "no options"
         raise ValueError(f"adapt: {name} does not know {', '.join(unknown)}; it takes {takes}")
     return name, chosen
 
 
-def _share(model: nn.Module) -> nn.Module:
-    """Copy a model whose parameters and packed codes stay where they are; all other buffers are copied."""
-
-    def stays(name: str, tensor: Tensor) -> bool:
-        return not tensor.is_inference() and (isinstance(tensor, nn.Parameter) or tensor.dtype == torch.uint8)
-
-    own = copy_model(model, stays)
-    views: dict[nn.Parameter, nn.Parameter] = {}  # parameters of our own: their requires_grad is not the caller's
-    for module in own.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                if parameter not in views:
-                    views[parameter] = nn.Parameter(parameter.detach(), requires_grad=False)
-                module._parameters[key] = views[parameter]
-    return own
+def _options(method: type[Method]) -> list[str]:
+    """List the options of a method; where it hands others on, its parent's follow its own."""
+    found = list(inspect.signature(method).parameters.values())[2:]
+    names = [option.name for option in found if option.kind is not option.VAR_KEYWORD]
+    if len(names) < len(found):
+        holder = next(one for one in method.__mro__ if "__init__" in vars(one))
+        names += [name for name in _options(holder.__mro__[1]) if name not in names]
+    return names

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .bank import DomainBank
-from .guard import Guard, Skip, finite
+from .guard import Guard, Settled, Skip, finite
 from .history import Step
 from .losses import entropy
 from .method import Method
@@ -180,20 +180,23 @@ class Adapter(nn.Module):
             self.guard.begin()
             with nullcontext() if self.telemetry is None else self.telemetry.looking():
                 logits, returned, whole = self._answer(x)
+            sound = whole
             if not whole:
                 reason = "empty batch" if len(x) == 0 else "NaN or Inf in input"
             else:
                 try:
                     loss = self.method.update(x, logits, self.guard)
                 except BaseException as interruption:
-                    self.guard.restore()
+                    sound = isinstance(interruption, Settled)
+                    if not sound:
+                        self.guard.restore()
                     if not isinstance(interruption, Skip):
                         raise
                     reason = str(interruption)
         logits = logits.detach()
         with _plain(grad=False):
             given, how = self.method.answer(logits)
-            if reason is None:
+            if sound:
                 events += self.guard.observe(x, logits, self._first)
             drift, found = (None, []) if self.telemetry is None or not whole else self.telemetry.report()
         events = tuple(event for event in (*events, *found) if event)
@@ -272,11 +275,13 @@ class Adapter(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
         super()._apply(fn, recurse)
-        self._first = {name: fn(tensor) for name, tensor in self._first.items()}
-        for values in self.method.optimizer.state.values() if self.method.optimizer else ():
+        live = self.method.tensors()  # of which the scales of quantisers keep their dtype
+        self._first = {name: tensor.to(live[name]) for name, tensor in self._first.items()}
+        for parameter, values in self.method.optimizer.state.items() if self.method.optimizer else ():
             for key, value in values.items():
-                if isinstance(value, Tensor) and value.dim():  # a step counter stays on the host
-                    values[key] = fn(value)
+                moves = isinstance(value, Tensor) and (value.dim() or not parameter.dim())
+                if moves and key != "step":  # a step counter stays on the host
+                    values[key] = value.to(parameter) if value.is_floating_point() else fn(value)
         return self
 
 

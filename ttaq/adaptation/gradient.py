@@ -3,41 +3,35 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Callable, Sequence
-from fnmatch import fnmatch
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import Adam, Optimizer
 
-from .guard import Guard
+from ..quantizers import clamp_scales
+from .guard import Guard, Settled
 from .losses import Loss, choose_loss
 from .method import Forward, Method
-from .statistics import AdaptiveBatchNorm, adapt_statistics, commit, discard, pending, running
-
-NORMS = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, AdaptiveBatchNorm)
-NORM_NAME = re.compile(r"norm(act)?([123]d)?$", re.IGNORECASE)
-
-Parameters = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
+from .parameters import Parameters, scales, select
+from .statistics import adapt_statistics, commit, discard, pending, running
 
 
 class GradientMethod(Method):
     """Minimise `loss` over chosen parameters, one backward pass a step; a subclass gives the loss.
 
     The logits returned are those of the first forward pass, before any step. The rate falls in proportion for
-    batches below `full_batch`, where a gradient carries more noise.
+    batches below `full_batch`, where a gradient carries more noise. Activation scales learn at a rate in proportion
+    to their size and stay positive.
 
     Args:
         model: See `Method`, as is `forward`.
         forward: Returns logits.
         lr: Learning rate of a full batch.
         optimizer: Called as ``optimizer(parameters, lr=lr)``; any torch Optimizer or a function that makes one.
-        parameters: "norm" (affine of every norm layer), name patterns such as ``["*.bias"]``, or a predicate
-            ``(name, parameter) -> bool``.
+        parameters: "norm" (affine of every norm layer), "bias", "activation_scales", several as in "norm+bias",
+            a list of these and of name patterns, ``["norm", "!layer4.*"]``, or a predicate
+            ``(name, parameter) -> bool``; see `parameters.choose`.
         steps: Steps a batch; each beyond the first costs a forward pass.
         statistics: "batch", "blend", "ema" or "source": what BatchNorm normalises with, see `AdaptiveBatchNorm`.
         alpha: Share of the batch under "blend"; None for ``n / (n + prior)``.
@@ -52,6 +46,7 @@ class GradientMethod(Method):
     """
 
     needs_graph = True
+    remembers: tuple[str, ...] = ()  # attributes that belong to the state; assigned anew, never changed in place
 
     def __init__(
         self,
@@ -74,13 +69,14 @@ class GradientMethod(Method):
             raise ValueError(f"adapt: steps must be a whole number from 1, got {steps}; use 1")
         self.norms = adapt_statistics(model, statistics, alpha, prior, momentum)
         self.parameters = select(model, parameters)
+        self._scales = [q for q in scales(model).values() if q.scale.requires_grad]
         self.lr, self.steps, self.full_batch = lr, steps, full_batch
         self._make_optimizer = optimizer
         self.balance = copy.deepcopy(choose_loss(loss))
         self.reset()
 
-    def loss(self, x: Tensor, logits: Tensor) -> Tensor:
-        """Return what to minimise, (), from a batch and its logits."""
+    def loss(self, x: Tensor, logits: Tensor) -> Tensor | None:
+        """Return what to minimise, (), from a batch and its logits; None where no image is worth a step."""
         raise NotImplementedError
 
     def predict(self, x: Tensor) -> Tensor:
@@ -89,37 +85,75 @@ class GradientMethod(Method):
         return super().predict(x)
 
     def update(self, x: Tensor, logits: Tensor, guard: Guard) -> Tensor:
-        """Take `steps` steps, then keep the statistics of the last forward pass."""
-        for step in range(self.steps):
-            if step:
-                logits = self.predict(x)
-            loss = self.loss(x, logits)
-            self._step(loss, len(x), guard, logits=[logits], statistics=pending(self.norms.values()))
-        self.balance.observe(logits)
-        commit(self.norms.values())
-        return loss.detach()
+        """Take up to `steps` steps, then keep the statistics of the last forward pass.
+
+        Raises:
+            Skip: A check failed; what the method remembers is as before.
+            Settled: No image was worth a step; the statistics and the averages of the batch are kept.
+        """
+        before = {name: getattr(self, name) for name in self.remembers}
+        try:
+            loss = self._take_steps(x, logits, guard)
+        except BaseException:
+            vars(self).update(before)
+            raise
+        if loss is None:
+            raise Settled("no image was selected")
+        return loss
 
     def answer(self, logits: Tensor) -> tuple[Tensor, str]:
         """Return the logits as the loss corrects them, and what it did."""
         return self.balance.answer(logits)
 
-    def _step(self, loss: Tensor, images: int, guard: Guard, **groups: list[Tensor]) -> None:
+    def step(self, x: Tensor, logits: Tensor, guard: Guard) -> Tensor | None:
+        """Take one step down `loss` and return it, (), detached; None where there is none, and no step."""
+        loss = self.loss(x, logits)
+        if loss is not None:
+            self._differentiate(loss, guard, **self._passed(logits))
+            self._descend(len(x), guard)
+            loss = loss.detach()
+        return loss
+
+    def _take_steps(self, x: Tensor, logits: Tensor, guard: Guard) -> Tensor | None:
+        last = None
+        for step in range(self.steps):
+            if step:
+                logits = self.predict(x)
+            loss = self.step(x, logits, guard)
+            if loss is None:
+                guard.check(**self._passed(logits))
+                break
+            last = loss
+        self.balance.observe(logits)
+        commit(self.norms.values())
+        return last
+
+    def _passed(self, logits: Tensor) -> dict[str, list[Tensor]]:
+        """Name what a forward pass left, for the guard."""
+        return {"logits": [logits], "statistics": pending(self.norms.values())}
+
+    def _differentiate(self, loss: Tensor, guard: Guard, **groups: list[Tensor]) -> None:
+        """Give the parameters the gradients of a loss, checked."""
         if not loss.requires_grad:
             raise ValueError(
                 "adapt: the logits carry no gradient of the parameters that adapt; "
                 "let the model and forward= run without torch.no_grad and detach"
             )
-        parameters = list(self.parameters.values())
         self.optimizer.zero_grad()
         loss.backward()
-        guard.check(**groups, loss=[loss], gradients=[p.grad for p in parameters])
+        guard.check(**groups, loss=[loss], gradients=[p.grad for p in self.parameters.values()])
+
+    def _descend(self, images: int, guard: Guard) -> None:
+        """Let the optimizer step along the gradients, at the rate of so many images."""
+        parameters = list(self.parameters.values())
         share = min(1.0, images / self.full_batch) if self.full_batch else 1.0
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * share
         self.optimizer.step()
         self.optimizer.zero_grad()
+        clamp_scales(self._scales)
         state = [v for values in self.optimizer.state.values() for v in values.values() if isinstance(v, Tensor)]
-        moments = [v for v in state if v.device == loss.device]
+        moments = [v for v in state if v.device == parameters[0].device]
         guard.check(adapted_tensors=parameters, optimizer_state=moments)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -129,19 +163,33 @@ class GradientMethod(Method):
     def reset(self) -> None:
         """Start with a new optimizer and without a memory of the stream."""
         self.balance.reset()
+        for name in self.remembers:
+            setattr(self, name, getattr(type(self), name))
         for parameter in self.parameters.values():
             parameter.grad = None
-        self.optimizer = self._make_optimizer(list(self.parameters.values()), lr=self.lr)
+        self.optimizer = self._make_optimizer(self._groups(), lr=self.lr)
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
 
+    def _groups(self) -> list[nn.Parameter] | list[dict[str, Any]]:
+        """Return the parameters; with activation scales among them in groups, each scale at a rate of its own."""
+        learning = {quantizer.scale: self.lr * quantizer.scale.item() for quantizer in self._scales}
+        others = [p for p in self.parameters.values() if p not in learning]
+        if not learning:
+            return others
+        groups: list[dict[str, Any]] = [{"params": [scale], "lr": rate} for scale, rate in learning.items()]
+        return [{"params": others}, *groups] if others else groups
+
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of the optimizer's state and of what the loss remembers."""
-        return {"optimizer": copy.deepcopy(self.optimizer.state_dict()), "loss": self.balance.state_dict()}
+        """Return a copy of the optimizer's state, of what the loss remembers and of what the method does."""
+        memory = {name: copy.deepcopy(getattr(self, name)) for name in self.remembers}
+        return {"optimizer": copy.deepcopy(self.optimizer.state_dict()), "loss": self.balance.state_dict(), **memory}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the optimizer's state and what the loss remembers."""
+        """Take up what `state_dict` returned."""
         self.balance.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        for name in self.remembers:
+            setattr(self, name, copy.deepcopy(state[name]))
 
 
 class Tent(GradientMethod):
@@ -156,50 +204,3 @@ class Tent(GradientMethod):
     def loss(self, x: Tensor, logits: Tensor) -> Tensor:
         """Return the mean over the batch of the loss of each image."""
         return self.balance.terms(logits).mean()
-
-
-def select(model: nn.Module, parameters: Parameters) -> dict[str, nn.Parameter]:
-    """Choose the parameters that adapt: give each memory of its own and let it require a gradient.
-
-    Args:
-        model: The Adapter's copy.
-        parameters: See `GradientMethod`.
-
-    Returns:
-        The floating-point parameters chosen, by name, each once.
-
-    Raises:
-        ValueError: Nothing is chosen, with what the model does hold.
-    """
-    if parameters == "norm":
-        names = {
-            f"{name}.{key}".lstrip(".") for name, m in model.named_modules() if is_norm(m) for key in m._parameters
-        }
-
-        def wanted(name: str, parameter: nn.Parameter) -> bool:
-            return name in names
-    elif callable(parameters):
-        wanted = parameters
-    else:
-        patterns = [parameters] if isinstance(parameters, str) else list(parameters)
-
-        def wanted(name: str, parameter: nn.Parameter) -> bool:
-            return any(fnmatch(name, pattern) for pattern in patterns)
-
-    chosen = {name: p for name, p in model.named_parameters() if p.is_floating_point() and wanted(name, p)}
-    if not chosen:
-        some = ", ".join([name for name, _ in model.named_parameters()][:3]) or "none"
-        raise ValueError(
-            f"adapt: parameters={parameters!r} matches no parameter of {type(model).__name__} (it has {some}, ...); "
-            'name others with parameters=["*.bias"], or use method="source"'
-        )
-    with torch.no_grad():
-        for parameter in chosen.values():
-            parameter.data = parameter.data.clone()
-            parameter.requires_grad_(True)
-    return chosen
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Tell whether a module normalises: a norm layer of torch, or one that is named so (RmsNorm, LayerNorm2d)."""
-    return isinstance(module, NORMS) or bool(NORM_NAME.search(type(module).__name__))

@@ -23,7 +23,11 @@ class Adapting(Protocol):
 
 
 class Skip(Exception):
-    """Stop an update; the message says why, as the history will."""
+    """Stop an update; the message says why, as the history will. The Adapter restores what was before the batch."""
+
+
+class Settled(Skip):
+    """End an update without a step, all that adapts being as the method wants it: nothing is restored."""
 
 
 class Guard:

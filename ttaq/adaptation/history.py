@@ -21,8 +21,8 @@ class Step:
         images: Images in it.
         loss: What the method minimised; None where there is none or the step was skipped.
         entropy: Mean over the batch before the step, in nats; None where it is not finite.
-        skipped: Whether the adapted tensors were left, or put back, as they were.
-        reason: Why it was skipped.
+        skipped: Whether no step was taken: the adapted tensors were left, or put back, as they were.
+        reason: Why: NaN or Inf, no image that a method selects, a collapse from which it recovered.
         returned: What the caller got: "logits", or what else and why.
         seconds: Wall time, prediction included.
         events: What the guard, the bank and the telemetry found and did.

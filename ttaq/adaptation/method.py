@@ -46,6 +46,10 @@ class Method:
 
         Returns:
             The loss, (), detached; None where there is none.
+
+        Raises:
+            Skip: The batch is no good; the Adapter restores.
+            Settled: There was no step, and nothing is to be restored.
         """
         raise NotImplementedError
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -115,6 +116,17 @@ def discard(norms: Iterable[AdaptiveBatchNorm]) -> None:
     """Forget the statistics of the last forward pass."""
     for norm in norms:
         norm.pending = None
+
+
+@contextmanager
+def aside(norms: Iterable[AdaptiveBatchNorm]) -> Iterator[None]:
+    """Let forward passes run whose statistics are forgotten; what waits for `commit` waits on."""
+    held = [(norm, norm.pending) for norm in norms]
+    try:
+        yield
+    finally:
+        for norm, moments in held:
+            norm.pending = moments
 
 
 def pending(norms: Iterable[AdaptiveBatchNorm]) -> list[Tensor]:
