@@ -236,7 +236,11 @@ def test_statistics_are_read(bench):
         (["--losses", "abel"], "argument --losses: takes entropy, abl, abl-corrected, dot, got abel"),
         (["--methods", "qdrop,x,y"], "argument --methods: takes ttaq, pem, pcr, qdrop, rtn, got x, y"),
         (["--adapters", "sar"], "argument --adapters: takes source, norm, tent, got sar"),
-        (["--streams", "still"], "argument --streams: takes iid, correlated, longtail, got still"),
+        (
+            ["--streams", "still"],
+            "argument --streams: takes iid, correlated, longtail, shuffled, gradual, mixed, "
+            "mixed-correlated, recurring, got still",
+        ),
         (["--statistics", "banana"], "argument --statistics: statistics must be one of source, batch"),
         (["--bits", "w2"], "argument --bits: recipe: wanted a text such as"),
         (["--seeds", "0,one"], "argument --seeds: takes whole numbers, got 'one'"),

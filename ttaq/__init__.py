@@ -33,7 +33,17 @@ from .preparation import prepare
 from .reconstruction import reconstruct
 from .refinement import Refinement, refine
 from .spec import QuantSpec, Recipe
-from .streams import continual, correlated, corrupt, long_tailed
+from .streams import (
+    continual,
+    correlated,
+    corrupt,
+    gradual,
+    long_tailed,
+    mixed,
+    mixed_correlated,
+    recurring,
+    shuffled,
+)
 
 __version__ = "0.1.0"
 
@@ -60,12 +70,17 @@ __all__ = [
     "explain",
     "find_blocks",
     "fuse",
+    "gradual",
     "load",
     "long_tailed",
+    "mixed",
+    "mixed_correlated",
     "pack",
     "prepare",
     "quantize",
     "reconstruct",
+    "recurring",
     "refine",
     "save",
+    "shuffled",
 ]
