@@ -32,6 +32,7 @@ from .pipeline import quantize
 from .preparation import prepare
 from .reconstruction import reconstruct
 from .refinement import Refinement, refine
+from .report import evaluate_grid
 from .spec import QuantSpec, Recipe
 from .streams import (
     continual,
@@ -67,6 +68,7 @@ __all__ = [
     "correlated",
     "corrupt",
     "evaluate",
+    "evaluate_grid",
     "explain",
     "find_blocks",
     "fuse",
