@@ -22,7 +22,7 @@ LAYERS = {
     **dict.fromkeys(["preparation", "calibration", "perturbation", "consistency", "blockwise", "objectives"], 6),
     **dict.fromkeys(["reconstruction", "refinement", "packing", "fusion"], 6),
     **dict.fromkeys(["checkpoint", "adaptation", "streams", "models"], 6),
-    **dict.fromkeys(["pipeline", "zoo", "training", "meters", "evaluation", "report", "sources"], 7),
+    **dict.fromkeys(["pipeline", "zoo", "training", "meters", "evaluation", "report", "sources", "configuration"], 7),
     **dict.fromkeys(["demo", "doctor", "workbench", "cli", "__main__", "__init__"], 8),
 }
 
