@@ -126,6 +126,7 @@ def test_eata_without_its_anchor_is_eta():
     [
         ({"OPTIM": {"RATE": 1}}, "OPTIM.RATE is not known; take it out, or use OPTIM.BETA, OPTIM.DAMPENING, OPTIM.LR"),
         ({"RMT": {"LAMBDA": 1}}, "RMT.LAMBDA is not known; take it out, or use CORRUPTION.DATASET"),
+        ({"DEYO": {"ROW_START": 56}}, "DEYO.ROW_START is not known; take it out, or use DEYO.AUG_TYPE, DEYO.MARGIN"),
         ({"MODEL": {"ADAPTATION": "memo"}}, "MODEL.ADAPTATION must be one of norm_test, norm_alpha"),
         ({"SETTING": "gradual_correlated"}, "SETTING must be one of continual, reset_each_shift"),
         ({"MODEL": {"EPISODIC": True}}, "MODEL.EPISODIC must be False, got True; ttaq knows no other"),
