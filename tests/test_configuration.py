@@ -103,7 +103,7 @@ def test_every_option_is_one_of_its_method(adaptation):
     """Each key of a method's section, and the optimizer's, is taken by the method itself."""
     asked = {"MODEL.ADAPTATION": adaptation, "OPTIM.LR": 1e-3}
     samples = {"DEYO.AUG_TYPE": "pixel", "ROTTA.MEMORY_SIZE": 8, "ROTTA.UPDATE_FREQUENCY": 8, "LAME.KNN": 3}
-    samples["TEST.N_AUGMENTATIONS"] = 2
+    samples |= {"TEST.N_AUGMENTATIONS": 2, "ROID.USE_PRIOR_CORRECTION": False}
     asked |= {key: samples.get(key, 0.5) for key in OPTIONS.get(adaptation, {})}
     _, method, options = read_configuration(asked)
     options |= {"anchor": [images()]} if method == "eata" else {}

@@ -31,7 +31,7 @@ ADAPTATIONS = {
     **{name: (name, {}) for name in ("source", "tent", "eta", "eata", "sar", "deyo", "cotta", "rotta", "roid", "lame")},
 }
 _EATA = {"EATA.MARGIN_E0": "margin", "EATA.D_MARGIN": "d"}
-_TEACHER = {"M_TEACHER.MOMENTUM": "momentum_teacher"}
+_TEACHER = {"M_TEACHER.MOMENTUM": "teacher_momentum"}
 OPTIONS = {  # of each adaptation: key of the file -> argument of the method
     "norm_alpha": {"BN.ALPHA": "alpha"},
     "eta": _EATA,
@@ -39,26 +39,33 @@ OPTIONS = {  # of each adaptation: key of the file -> argument of the method
     "sar": {"SAR.RESET_CONSTANT_EM": "recovery", "SAR.RHO": "rho"},
     "deyo": {"DEYO.MARGIN": "margin", "EATA.MARGIN_E0": "weight_margin", "DEYO.PLPD": "plpd",
              "DEYO.AUG_TYPE": "transform"},
-    "cotta": _TEACHER | {"COTTA.MT": "momentum_teacher", "COTTA.RST": "restore", "COTTA.AP": "threshold",
+    "cotta": _TEACHER | {"COTTA.MT": "teacher_momentum", "COTTA.RST": "restore", "COTTA.AP": "threshold",
                          "TEST.N_AUGMENTATIONS": "views"},
     "rotta": {
-        "ROTTA.MEMORY_SIZE": "memory", "ROTTA.UPDATE_FREQUENCY": "frequency", "ROTTA.NU": "nu",
+        "ROTTA.MEMORY_SIZE": "capacity", "ROTTA.UPDATE_FREQUENCY": "frequency", "ROTTA.NU": "nu",
         "ROTTA.ALPHA": "momentum", "ROTTA.LAMBDA_T": "lambda_t", "ROTTA.LAMBDA_U": "lambda_u",
     },
     "roid": {
-        "ROID.MOMENTUM_SRC": "momentum_source", "ROID.MOMENTUM_PROBS": "momentum_probs",
-        "ROID.TEMPERATURE": "temperature",
+        "ROID.MOMENTUM_SRC": "source_momentum", "ROID.MOMENTUM_PROBS": "frequency_momentum",
+        "ROID.TEMPERATURE": "temperature", "ROID.USE_PRIOR_CORRECTION": "correct",
     },
     "lame": {"LAME.KNN": "k"},
 }  # fmt: skip
-_KINDS = {"memory": int, "frequency": int, "k": int, "views": int, "transform": str}  # all others are floats
+_KINDS = {
+    "capacity": int,
+    "frequency": int,
+    "k": int,
+    "views": int,
+    "transform": str,
+    "correct": bool,
+}  # all others are floats
 _GRADIENT = ("tent", "eta", "eata", "sar", "deyo", "cotta", "rotta", "roid")
 
 # What ttaq does in one way alone: another value is refused.
 FIXED = {
     "MODEL.EPISODIC": False, "TEST.WINDOW_LENGTH": 1, "DEYO.PATCH_LEN": 4, "DEYO.REWEIGHT_ENT": True,
     "DEYO.REWEIGHT_PLPD": True, "LAME.AFFINITY": "kNN", "LAME.FORCE_SYMMETRY": False, "ROID.USE_WEIGHTING": True,
-    "ROID.USE_PRIOR_CORRECTION": True, "ROID.USE_CONSISTENCY": True,
+    "ROID.USE_CONSISTENCY": True,
 }  # fmt: skip
 # Where files lie, what is logged, and what the caller brings: the model and the images.
 IGNORED = (
@@ -143,7 +150,8 @@ def _method(values, take: Callable) -> tuple[str, dict[str, Any]]:
         del options["anchor_weight"]
     if method in _GRADIENT and any(key.startswith("OPTIM.") for key in values):
         options |= {"lr": take("OPTIM.LR", float, 1e-3), "full_batch": 0, "optimizer": _optimizer(values, take)}
-        options["steps"] = take("OPTIM.STEPS", int, 1)
+        if (steps := take("OPTIM.STEPS", int, 1)) != 1:  # not every method takes more
+            options["steps"] = steps
     return method, options
 
 
