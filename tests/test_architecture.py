@@ -22,7 +22,7 @@ LAYERS = {
     **dict.fromkeys(["preparation", "calibration", "perturbation", "consistency", "blockwise", "objectives"], 6),
     **dict.fromkeys(["reconstruction", "refinement", "packing", "fusion"], 6),
     **dict.fromkeys(["checkpoint", "adaptation", "streams", "models"], 6),
-    **dict.fromkeys(["pipeline", "zoo", "training", "evaluation", "report", "sources"], 7),
+    **dict.fromkeys(["pipeline", "zoo", "training", "meters", "evaluation", "report", "sources", "configuration"], 7),
     **dict.fromkeys(["demo", "doctor", "workbench", "cli", "__main__", "__init__"], 8),
 }
 
@@ -46,6 +46,7 @@ BESIDE = {
     "objectives": {"perturbation", "consistency", "blockwise"},
     "reconstruction": {"perturbation", "consistency", "blockwise", "objectives"},
     "pipeline": {"report"},
+    "evaluation": {"meters"},
     "report": {"evaluation"},
 }
 ONLY = {"dispatch": set(), "streams": {"spec", "streams"}}

@@ -1,5 +1,6 @@
 """The command line: quantise, evaluate and report end to end at a tiny size, and bad input in one sentence."""
 
+import csv
 import json
 import os
 import subprocess
@@ -20,6 +21,8 @@ from ttaq import cli
 from ttaq.checkpoint import read_header
 from ttaq.models import ResNet
 from ttaq.report import KEYS
+from ttaq.sources import make_stream
+from ttaq.streams import CORRUPTIONS, STREAMS
 
 runner = CliRunner()
 
@@ -102,6 +105,30 @@ def test_evaluate_agrees_with_the_library(folder, tmp_path, adapter):
     wanted = ttaq.evaluate(ttaq.adapt(model, adapter), stream)
     assert errors == {name: round(error, 3) for name, error in wanted.errors.items()}
     assert f"fog{errors['fog']:>23.1f} %" in result.stdout
+
+
+def test_evaluate_takes_every_order_and_writes_csv(folder, tmp_path):
+    args = ["--model", "test_cli:tiny", "--data", folder / "clean.npz", "--stream", "mixed", "--images", 4]
+    args += ["--adapter", "tent", "--seed", 2, "--csv", tmp_path / "out.csv"]
+    result = invoke("evaluate", folder / "model.safetensors", *args)
+    assert result.exit_code == 0, result.output
+    with open(tmp_path / "out.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == (*KEYS, "domain", "error")
+    model = ttaq.load(folder / "model.safetensors", tiny())
+    images = ttaq.streams.load_npz(folder / "clean.npz", mean=(0.5, 0.5, 0.4))
+    wanted = ttaq.evaluate(ttaq.adapt(model, "tent"), ttaq.mixed(images, images=4, batch_size=64, seed=2))
+    assert {row["domain"]: float(row["error"]) for row in rows} == {k: round(v, 3) for k, v in wanted.errors.items()}
+    note = f"• tent: calibration error {wanted.ece:.1f} %, 1.00 forward and 1.00 backward passes an image"
+    assert note in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_every_order_can_be_asked_for(folder, name):
+    images = ttaq.streams.load_npz(folder / "clean.npz").take(slice(3))
+    asked = {"severity": 1, "images": None, "batch_size": 2, "seed": 0}
+    stream = make_stream(images, "clean.npz", name, **asked)
+    assert {domain for domain, _ in stream.domains} == set(CORRUPTIONS)
 
 
 def test_evaluate_clean_images_in_an_order_without_classes_in_sequence(folder, tmp_path):

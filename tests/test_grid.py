@@ -98,6 +98,18 @@ def test_a_grid_writes_a_row_a_cell(bench, walk):
     assert float(clean["error"]) == pytest.approx(plain, abs=1e-3)
 
 
+def test_every_order_is_a_stream_of_the_grid(bench, walk):
+    others = [name for name in bench("grid").STREAMS if name not in bench("grid").OLD]
+    assert others == ["shuffled", "gradual", "mixed", "mixed-correlated", "recurring"]
+    rows = walk(*RTN, "--streams", ",".join(["iid", *others]), "--adapters", "source,tent")
+    assert cells(rows[1:], "stream", "adapter") == sorted(
+        (stream, adapter) for stream in ("iid", *others) for adapter in ("source", "tent")
+    )
+    errors = {row["stream"]: row["error"] for row in rows if row["adapter"] == "source"}
+    alike = ("iid", "shuffled", "mixed", "mixed-correlated", "recurring")  # the same images, which order cannot change
+    assert len({errors[name] for name in alike}) == 1
+
+
 def test_a_second_run_measures_only_what_is_missing(bench, walk, monkeypatch):
     first = walk(*RTN, "--streams", "iid")
     before = walk.path.read_bytes()
@@ -236,7 +248,11 @@ def test_statistics_are_read(bench):
         (["--losses", "abel"], "argument --losses: takes entropy, abl, abl-corrected, dot, got abel"),
         (["--methods", "qdrop,x,y"], "argument --methods: takes ttaq, pem, pcr, qdrop, rtn, got x, y"),
         (["--adapters", "sar"], "argument --adapters: takes source, norm, tent, got sar"),
-        (["--streams", "still"], "argument --streams: takes iid, correlated, longtail, got still"),
+        (
+            ["--streams", "still"],
+            "argument --streams: takes iid, correlated, longtail, shuffled, gradual, mixed, "
+            "mixed-correlated, recurring, got still",
+        ),
         (["--statistics", "banana"], "argument --statistics: statistics must be one of source, batch"),
         (["--bits", "w2"], "argument --bits: recipe: wanted a text such as"),
         (["--seeds", "0,one"], "argument --seeds: takes whole numbers, got 'one'"),

@@ -32,8 +32,19 @@ from .pipeline import quantize
 from .preparation import prepare
 from .reconstruction import reconstruct
 from .refinement import Refinement, refine
+from .report import evaluate_grid
 from .spec import QuantSpec, Recipe
-from .streams import continual, correlated, corrupt, long_tailed
+from .streams import (
+    continual,
+    correlated,
+    corrupt,
+    gradual,
+    long_tailed,
+    mixed,
+    mixed_correlated,
+    recurring,
+    shuffled,
+)
 
 __version__ = "0.1.0"
 
@@ -57,15 +68,21 @@ __all__ = [
     "correlated",
     "corrupt",
     "evaluate",
+    "evaluate_grid",
     "explain",
     "find_blocks",
     "fuse",
+    "gradual",
     "load",
     "long_tailed",
+    "mixed",
+    "mixed_correlated",
     "pack",
     "prepare",
     "quantize",
     "reconstruct",
+    "recurring",
     "refine",
     "save",
+    "shuffled",
 ]

@@ -15,6 +15,7 @@ from .doctor import print_report
 from .files import write_atomically
 from .pipeline import decisions
 from .report import Results, find, render, tabulate
+from .streams import STREAMS
 from .workbench import evaluate_file, quantize_reference
 
 
@@ -137,7 +138,10 @@ def evaluate(
     data: Data,
     adapter: Annotated[str, typer.Option(help="source, norm, tent, eta, sar or deyo.")] = "source",
     stream: Annotated[
-        str, typer.Option(help="clean, corruptions (all fifteen), or names with commas between.")
+        str,
+        typer.Option(
+            help=f"clean, corruptions (all, one after another), {', '.join(STREAMS)}, or names with commas between."
+        ),
     ] = "corruptions",
     severity: Annotated[int, typer.Option(min=1, max=5)] = 5,
     images: Annotated[int | None, typer.Option(min=1, help="A domain; default: 1,000 or all there are.")] = None,
@@ -148,6 +152,7 @@ def evaluate(
     seed: Seed = 0,
     device: Device = "cpu",
     json: Annotated[Path | None, typer.Option(help="Write the results here; `ttaq report` reads them.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the error of each domain here.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Measure a packed checkpoint, adapting or not, on clean or corrupted images."""
@@ -168,6 +173,8 @@ def evaluate(
     _print(results)
     if json is not None:
         results.write(json)
+    if csv is not None:
+        results.write_csv(csv)
 
 
 @app.command()

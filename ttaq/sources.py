@@ -9,11 +9,11 @@ from .streams import (
     CORRUPTIONS,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    STREAMS,
     CifarC,
     ImageNetC,
     Images,
     Stream,
-    continual,
     load_image_folder,
     load_npz,
 )
@@ -83,7 +83,17 @@ def open_data(path: str | Path, preprocessing: dict, classes: list[str] | None =
 
 
 def make_stream(source, data, stream: str, *, severity: int, images: int | None, batch_size: int, seed: int) -> Stream:
-    """Put images in the order in which they are met: clean and shuffled, or one corruption after another.
+    """Put images in the order in which they are met: clean and shuffled, or under corruptions.
+
+    Args:
+        source: Clean `Images`, or what has corruptions of its own.
+        data: Where it lies, for messages.
+        stream: "clean", "corruptions" (all there are, one after another), a name in `STREAMS`, or names of corruptions
+            with commas between.
+        severity: 1 to 5.
+        images: A domain; None for 1,000, or all there are if fewer.
+        batch_size: Images at once.
+        seed: Of the order and of the corruptions.
 
     Raises:
         ValueError: The data do not hold what the stream asks for.
@@ -95,14 +105,14 @@ def make_stream(source, data, stream: str, *, severity: int, images: int | None,
         order = np.random.default_rng(seed).permutation(len(source))[:count]
         return Stream([("clean", source)], [(0, order)], batch_size)
     there = CORRUPTIONS if isinstance(source, Images) else source.corruptions
-    names = there if stream == "corruptions" else tuple(name.strip() for name in stream.split(","))
+    names = there if stream in ("corruptions", *STREAMS) else tuple(name.strip() for name in stream.split(","))
     if isinstance(source, Images):
         counts, table = [len(source)], "cifar" if source.pixels([0]).shape[1] < 100 else "imagenet"
     else:
         counts, table = [len(source.domain(name, severity)) for name in names], "cifar"
-    return continual(
+    return STREAMS.get(stream, STREAMS["continual"])(
         source, corruptions=names, severity=severity, images=images or min(1000, *counts), batch_size=batch_size,
-        seed=seed, table=table, cache=False,
+        seed=seed, table=table, cache=stream == "recurring",
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from .adaptation import adapt
 from .checkpoint import load, read_header, save
 from .doctor import describe_machine
-from .evaluation import evaluate
+from .evaluation import Result, evaluate
 from .packing import pack
 from .pipeline import quantize
 from .report import Results
@@ -112,7 +112,8 @@ def evaluate_file(
         path: The checkpoint.
         data: Class folders, an .npz file, or the published CIFAR-C or ImageNet-C.
         adapter: A method that needs no data of its own: "source", "norm", "tent", "eta", "sar" or "deyo".
-        stream: "clean", "corruptions" (all there are) or names with commas between.
+        stream: "clean", "corruptions" (all there are), a name in `streams.STREAMS`, or names of corruptions with
+            commas between.
         severity: 1 to 5.
         images: A domain; None for 1,000, or all there are if fewer.
         batch_size: Images that the adapter sees at once.
@@ -155,6 +156,7 @@ def evaluate_file(
         "batch_size": batch_size, "seed": seed, "device": device,
     }  # fmt: skip
     results = Results(f"{Path(path).name} on {Path(data).name}", settings, describe_machine())
+    results.notes.append(_describe(adapter, result))
     results.add(
         result,
         model=reference,
@@ -166,6 +168,12 @@ def evaluate_file(
         bytes=Path(path).stat().st_size,
     )
     return results
+
+
+def _describe(adapter: str, result: Result) -> str:
+    """Say what an evaluation found besides errors."""
+    sure = "" if result.ece is None else f"calibration error {result.ece:.1f} %, "
+    return f"{adapter}: {sure}{result.forwards:.2f} forward and {result.backwards:.2f} backward passes an image"
 
 
 def trusted_reference(path: str | Path, written: str | None, given: str | None) -> str:

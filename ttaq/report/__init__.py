@@ -1,9 +1,21 @@
 """What was measured, as a file, a table, a figure and one self-contained page."""
 
-from .figure import draw
+from .comparison import Comparison, evaluate_grid
+from .figure import draw, draw_comparison
 from .findings import find
 from .page import render
 from .results import KEYS, Line, Results
 from .table import tabulate
 
-__all__ = ["KEYS", "Line", "Results", "draw", "find", "render", "tabulate"]
+__all__ = [
+    "KEYS",
+    "Comparison",
+    "Line",
+    "Results",
+    "draw",
+    "draw_comparison",
+    "evaluate_grid",
+    "find",
+    "render",
+    "tabulate",
+]

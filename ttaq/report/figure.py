@@ -31,22 +31,66 @@ def draw(results: Results, *, dark: bool = False) -> bytes:
     Raises:
         ValueError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError('report: the figure needs matplotlib; pip install "ttaq[demo]"') from error
     theme = _THEMES["dark" if dark else "light"]
     lines = results.lines()
     models = list(dict.fromkeys(line.model for line in lines))
     colours = dict(zip(results.adapters(), itertools.cycle(_COLOURS)))
-    figure = Figure(figsize=(10.5, 8.2), facecolor=theme["paper"], layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _start((10.5, 8.2), theme)
     grid = figure.add_gridspec(2, len(models), height_ratios=(1, 1.1), hspace=0.08)
     _draw_stream(figure.add_subplot(grid[0, :]), headline(lines), colours, theme)
     for column, model in enumerate(models):
         own = [line for line in lines if line.model == model]
         _draw_means(figure.add_subplot(grid[1, column]), own, colours, theme)
+    return _print(figure)
+
+
+def draw_comparison(comparison, *, dark: bool = False) -> bytes:
+    """Draw a `Comparison`: above the error of each method over the domains, below their means.
+
+    Both with the standard deviation over seeds, where there are several.
+
+    Args:
+        comparison: Of any methods and streams.
+        dark: Light ink on dark paper.
+
+    Returns:
+        A PNG file.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    theme = _THEMES["dark" if dark else "light"]
+    figure = _start((10.5, 7.6), theme)
+    above, below = figure.subplots(2, 1, height_ratios=(1.3, 1))
+    domains, highest = comparison.domains, 0.0
+    for number, (method, colour) in enumerate(zip(comparison.results, itertools.cycle(_COLOURS))):
+        means, deviations = zip(*(comparison.spread(method, domain) for domain in domains), strict=True)
+        style = {"color": colour, "linestyle": ("-", "--", ":")[number // len(_COLOURS) % 3], "capsize": 2}
+        spread = [deviation or 0.0 for deviation in deviations]
+        above.errorbar(range(len(domains)), means, spread, marker="o", markersize=4, label=method, **style)
+        mean, deviation = comparison.spread(method)
+        below.bar(number, mean, 0.7, yerr=deviation, color=colour, ecolor=theme["ink"], capsize=3)
+        _write(below, number, mean, mean, theme)
+        highest = max(highest, *(m + d for m, d in zip(means, spread, strict=True)))
+    above.set_xticks(range(len(domains)), [words.domain(name) for name in domains], rotation=28, ha="right")
+    below.set_xticks(range(len(comparison.results)), list(comparison.results))
+    _finish(above, theme, "error in each domain", highest)
+    _finish(below, theme, "mean error", max(sum(filter(None, comparison.spread(m))) for m in comparison.results))
+    return _print(figure)
+
+
+def _start(size, theme):
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError('report: the figure needs matplotlib; pip install "ttaq[demo]"') from error
+    figure = Figure(figsize=size, facecolor=theme["paper"], layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _print(figure):
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=130, metadata={"Software": "ttaq"})
     return file.getvalue()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ..evaluation import Result
+from ..evaluation import Result, as_csv
 from ..files import write_atomically
 
 KEYS = ("model", "bits", "method", "form", "adapter", "clean_error", "mean_error", "bytes", "seconds")
@@ -107,6 +107,13 @@ class Results:
     def write(self, path: str | os.PathLike) -> Path:
         """Write a JSON file, whole or not at all."""
         return write_atomically(path, (json.dumps({"format": FORMAT} | asdict(self), indent=1) + "\n").encode())
+
+    def write_csv(self, path: str | os.PathLike) -> Path:
+        """Write a CSV file, whole or not at all: each row once a domain, with that domain and its error."""
+        found = zip(self.rows, self.errors, strict=True)
+        return write_atomically(
+            path, as_csv([row | {"domain": d, "error": e} for row, errors in found for d, e in errors.items()])
+        )
 
     @classmethod
     def read(cls, *paths: str | os.PathLike) -> "Results":

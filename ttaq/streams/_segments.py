@@ -1,9 +1,11 @@
 """Which image of which domain comes when: orders as numbers alone."""
 
+import math
+
 import numpy as np
 
 
-def follow_one_another(subject, domains, images, seed, arrange):
+def follow_one_another(subject, domains, images, seed, arrange, visit=0):
     """Order each domain once, in turn: the same choice of images everywhere, arranged anew in each.
 
     Args:
@@ -12,6 +14,7 @@ def follow_one_another(subject, domains, images, seed, arrange):
         images: How many a domain; None takes all.
         seed: Of choice and order.
         arrange: Takes the (n,) chosen indices, their (n,) labels and a generator; gives (m,) of the indices.
+        visit: Of the whole sequence, from 0: each arranges the same images anew.
 
     Returns:
         List of (number of the domain, (m,) indices into it).
@@ -28,8 +31,39 @@ def follow_one_another(subject, domains, images, seed, arrange):
                 "pass images=None for all"
             )
         chosen = np.random.default_rng(seed).permutation(len(domain))[:count]
-        order.append((number, arrange(chosen, domain.labels[chosen], np.random.default_rng([seed, number]))))
+        order.append((number, arrange(chosen, domain.labels[chosen], np.random.default_rng([seed, number, visit]))))
     return order
+
+
+def mix(subject, domains, images, seed, arrange):
+    """Arrange the images of all domains together; arguments as for `follow_one_another`, whose images are met.
+
+    Returns:
+        List of one segment ((m,) numbers of domains, (m,) indices into them).
+
+    Raises:
+        ValueError: A domain holds fewer images than asked for.
+    """
+    segments = follow_one_another(subject, domains, images, seed, shuffle)
+    numbers = np.concatenate([np.full(len(index), number) for number, index in segments])
+    index = np.concatenate([index for _, index in segments])
+    labels = np.concatenate([domains[number][1].labels[index] for number, index in segments])
+    places = arrange(np.arange(len(index)), labels, np.random.default_rng([seed, len(domains)]))
+    return [(numbers[places], index[places])]
+
+
+def shuffle_names(names, seed):
+    """Give the names in an order that the seed draws."""
+    names = tuple(names)
+    return tuple(names[place] for place in np.random.default_rng([seed, 0, 0, 1]).permutation(len(names)))
+
+
+def check_mix(subject, concentration, slot):
+    """Refuse a mix of classes that cannot be drawn, in one sentence."""
+    if not 0 < concentration < math.inf:
+        raise ValueError(f"{subject}: concentration must be positive and finite, got {concentration}; 0.1 is usual")
+    if slot < 1:
+        raise ValueError(f"{subject}: slot must be at least 1, got {slot}; 50 is the default")
 
 
 def shuffle(chosen, labels, rng):

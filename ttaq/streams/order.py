@@ -1,66 +1,17 @@
-"""The order in which a model meets the world.
+"""The order in which a model meets the world: one corruption after another.
 
 A stream is an iterable of `Batch`. It is made of domains (named `Images`) and an order: a list of segments
 (number of the domain, indices into it), each cut into batches. A new order is a new function that returns segments.
+All are seeded: every method that is measured on a stream of one seed meets the same images in the same order.
 """
 
-import math
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import torch
 
-from ._images import check_batch_size
-from ._segments import correlate, follow_one_another, shuffle, thin_out
+from ._segments import check_mix, correlate, follow_one_another, shuffle, shuffle_names, thin_out
+from ._stream import Stream
 from .corruptions import CORRUPTIONS, check_corruption, corrupt
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One step of a stream.
-
-    Attributes:
-        images: (n, 3, H, W), float32, preprocessed.
-        labels: (n,), int64.
-        domain: Name of the domain, as "fog".
-        index: (n,), int64, of each image in its source.
-        first: Whether this batch opens a domain: the moment to reset an adapter that is to start afresh.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    domain: str
-    index: np.ndarray
-    first: bool
-
-
-class Stream:
-    """Batches of one segment after another; the same ones each time it is walked through.
-
-    Args:
-        domains: Pairs of a name and its `Images`.
-        order: Segments (number of the domain, (n,) indices into it), in the order they are met.
-        batch_size: Images a batch; the last of a segment may be short.
-
-    Raises:
-        ValueError: `batch_size` is below 1.
-    """
-
-    def __init__(self, domains, order, batch_size):
-        check_batch_size("Stream", batch_size)
-        self.domains, self.order, self.batch_size = list(domains), list(order), batch_size
-
-    def __len__(self):
-        return sum(-(-len(index) // self.batch_size) for _, index in self.order)
-
-    def __iter__(self):
-        for number, index in self.order:
-            name, images = self.domains[number]
-            for start in range(0, len(index), self.batch_size):
-                part = images.take(index[start : start + self.batch_size])
-                pixels = part.preprocess(part.pixels())
-                yield Batch(pixels, torch.tensor(part.labels), name, part.index, start == 0)
 
 
 class Corrupted:
@@ -155,8 +106,38 @@ def continual(
     Raises:
         ValueError: An argument is not as described, or a domain is missing.
     """
-    domains = _domains(source, corruptions, severity, seed, table, frost_folder, cache)
+    domains = name_domains(source, corruptions, severity, seed, table, frost_folder, cache)
     return Stream(domains, follow_one_another("continual", domains, images, seed, shuffle), batch_size)
+
+
+def shuffled(
+    source,
+    *,
+    corruptions=CORRUPTIONS,
+    severity=5,
+    images=1000,
+    batch_size=200,
+    seed=0,
+    table="cifar",
+    frost_folder=None,
+    cache=True,
+):
+    """Let one corruption follow another in an order that the seed draws.
+
+    CoTTA is measured on ten such orders of ImageNet-C (Wang et al., arXiv:2203.13591, section 4): ten seeds here.
+
+    Args:
+        source: And all arguments not named here: as for `continual`.
+        corruptions: Names; the seed draws their order.
+
+    Returns:
+        A `Stream`.
+
+    Raises:
+        ValueError: An argument is not as described, or a domain is missing.
+    """
+    domains = name_domains(source, shuffle_names(corruptions, seed), severity, seed, table, frost_folder, cache)
+    return Stream(domains, follow_one_another("shuffled", domains, images, seed, shuffle), batch_size)
 
 
 def correlated(
@@ -190,11 +171,8 @@ def correlated(
     Raises:
         ValueError: An argument is not as described, or a domain is missing.
     """
-    if not 0 < concentration < math.inf:
-        raise ValueError(f"correlated: concentration must be positive and finite, got {concentration}; 0.1 is usual")
-    if slot < 1:
-        raise ValueError(f"correlated: slot must be at least 1, got {slot}; 50 is the default")
-    domains = _domains(source, corruptions, severity, seed, table, frost_folder, cache)
+    check_mix("correlated", concentration, slot)
+    domains = name_domains(source, corruptions, severity, seed, table, frost_folder, cache)
     arrange = partial(correlate, concentration=concentration, slot=slot)
     return Stream(domains, follow_one_another("correlated", domains, images, seed, arrange), batch_size)
 
@@ -232,13 +210,21 @@ def long_tailed(
     """
     if not ratio >= 1:
         raise ValueError(f"long_tailed: ratio must be at least 1, got {ratio}; 10 to 100 is usual")
-    domains = _domains(source, corruptions, severity, seed, table, frost_folder, cache)
+    domains = name_domains(source, corruptions, severity, seed, table, frost_folder, cache)
     arrange = partial(thin_out, ratio=ratio, seed=seed)
     return Stream(domains, follow_one_another("long_tailed", domains, images, seed, arrange), batch_size)
 
 
-def _domains(source, corruptions, severity, seed, table, frost_folder, cache):
-    """Name the domains of a stream, made here of clean images."""
+def name_domains(source, corruptions, severity, seed, table, frost_folder, cache, severities=None):
+    """Pair the names of a stream's domains with their `Images`, made here of clean images.
+
+    `severities` walks through each corruption, one domain of its name for each; None is `severity` alone.
+    """
     if not hasattr(source, "domain"):
         source = Corrupted(source, seed=seed, table=table, frost_folder=frost_folder, cache=cache)
-    return [(name, source.domain(name, severity)) for name in corruptions]
+    path = [severity] if severities is None else list(severities)
+    domains = []
+    for name in corruptions:
+        made = {level: source.domain(name, level) for level in sorted(set(path))}
+        domains += [(name, made[level]) for level in path]
+    return domains
