@@ -55,6 +55,34 @@ def test_contestants_are_timed_in_turn_over_all_sets(bench, monkeypatch):
     assert rounds[:4] == ["slow", "fast", "fast", "slow"]
 
 
+def test_rounds_beside_other_processes_are_taken_again_while_there_is_time(bench, monkeypatch, capsys):
+    timing = bench("timing")
+    now, busy, seen = [0.0], iter([True, False, False, True, *[False] * 9]), []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing, "_elsewhere", lambda: (0.0, now[0]))
+    monkeypatch.setattr(timing, "_busy_since", lambda before: float(next(busy)))
+
+    def call():
+        now[0] += 1.0
+        seen.append(1)
+
+    assert timing.in_turn({"one": [call]}, "cpu", seconds=10.0)["one"].p50 == 1.0
+    assert len(seen) == 4 + 10 + 2  # to warm up, that count, that do not
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(timing, "_busy_since", lambda before: 1.0)
+    seen.clear()
+    timing.in_turn({"one": [call]}, "cpu", seconds=1.0)
+    assert len(seen) == 4 + 7 + 5
+    assert "other processes ran during 7 of 7 rounds that count" in capsys.readouterr().err
+
+
+def test_what_others_take_of_the_cores_is_seen(bench):
+    timing = bench("timing")
+    took, now = timing._elsewhere()
+    assert timing._busy_since((took, timing.time.perf_counter())) == 0.0  # too short to tell
+    assert 0.9 < timing._busy_since((took - 10 * timing.os.cpu_count(), now - 10)) < 2.1
+
+
 def test_short_calls_are_repeated_within_a_sample(bench):
     seen = []
     found = bench("timing").in_turn({"nothing": [lambda: seen.append(1)]}, "cpu", seconds=0.0)["nothing"]
