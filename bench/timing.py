@@ -17,6 +17,8 @@ Call = Callable[[], object]
 
 _SHORTEST_SAMPLE = 200e-6  # seconds; shorter calls are repeated within a sample, so that the clock does not count
 _LEAST_ROUNDS, _MOST_ROUNDS = 7, 300
+_DISTURBED = 0.1  # share of the cores that other processes may take while a round runs that counts
+_JUDGED = 0.1  # seconds; the clock of /proc/stat ticks too slowly to judge shorter rounds
 _MOST_SETS = {"cpu": 32, "cuda": 128}
 
 
@@ -47,7 +49,9 @@ class Timing:
 def in_turn(contestants: dict[str, list[Call]], device: str, seconds: float, graph: bool = False) -> dict[str, Timing]:
     """Time every contestant in the same process, one after the other, round by round.
 
-    The order of a round starts one contestant further each time, so that nobody always follows the same neighbour.
+    The order of a round starts one contestant further each time, so that nobody always follows the same neighbour. On
+    the CPU a round during which other processes took a tenth of the cores is taken again, until five times `seconds`
+    are lost that way; after that they count, and a line on the standard error says so.
 
     Args:
         contestants: For each name the same call bound to every set of inputs; the sets are rotated.
@@ -60,14 +64,41 @@ def in_turn(contestants: dict[str, list[Call]], device: str, seconds: float, gra
     """
     measure = {name: _sampler(calls, device, graph) for name, calls in contestants.items()}
     samples = {name: [] for name in contestants}
-    names, end = list(contestants), time.perf_counter() + seconds * len(contestants)
-    for turn in range(_MOST_ROUNDS):
-        if turn >= _LEAST_ROUNDS and time.perf_counter() > end:
-            break
-        start = turn % len(names)
-        for name in names[start:] + names[:start]:
-            samples[name].append(measure[name]())
+    names, end, patience = list(contestants), time.perf_counter() + seconds * len(contestants), 5 * seconds
+    turn = disturbed = 0
+    while turn < _LEAST_ROUNDS or (turn < _MOST_ROUNDS and time.perf_counter() < end):
+        start, before = turn % len(names), _elsewhere()
+        taken = {name: measure[name]() for name in names[start:] + names[:start]}
+        if device == "cpu" and _busy_since(before) > _DISTURBED:
+            if patience > 0:
+                lost = time.perf_counter() - before[1]
+                patience, end = patience - lost / len(names), end + lost
+                continue
+            disturbed += 1
+        turn += 1
+        for name, seconds_taken in taken.items():
+            samples[name].append(seconds_taken)
+    if disturbed:
+        print(f"bench: other processes ran during {disturbed} of {turn} rounds that count", file=sys.stderr)
     return {name: Timing.of(taken) for name, taken in samples.items()}
+
+
+def _elsewhere():
+    """Return the seconds that the cores have spent on other processes, and the time; no cores where none are told."""
+    own = os.times()
+    try:
+        with open("/proc/stat", encoding="ascii") as file:
+            user, nice, system = (int(n) for n in file.readline().split()[1:4])
+    except FileNotFoundError:
+        return 0.0, time.perf_counter()
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK") - own.user - own.system, time.perf_counter()
+
+
+def _busy_since(before):
+    """Return the share of the cores that other processes have taken since, or 0 where that was too short to tell."""
+    took, now = _elsewhere()
+    wall = now - before[1]
+    return (took - before[0]) / wall / os.cpu_count() if wall > _JUDGED else 0.0
 
 
 def sets_needed(set_bytes: int, device: str) -> int:
