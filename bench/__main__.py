@@ -1,4 +1,4 @@
-"""`python -m bench run|step|models|map|compare|report|accuracy|memory`."""
+"""`python -m bench run|step|models|map|compare|report|accuracy|adapters|memory`."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import accuracy, machine, memory, models, rows, step, tables
+from . import accuracy, adapters, machine, memory, models, rows, step, tables
 from .cases import CASES, cases
 from .map import add_command as add_map
 from .measure import measure
@@ -140,6 +140,7 @@ def _parser():
     for command in (compares, reports):
         command.add_argument("--machine", help="the name of a CSV file, without .csv")
     accuracy.add_command(commands)
+    adapters.add_command(commands)
     memory.add_command(commands)
     models.add_command(commands)
     add_map(commands, gate)

@@ -53,14 +53,14 @@ def main(options: argparse.Namespace) -> int:
         return summary.show(path, options)
     if not 0 <= options.shard < options.shards:
         raise ValueError(f"bench accuracy: --shard must be 0 to {options.shards - 1}, got {options.shard}")
-    subject, source = _subject(options)
+    subject, source = open_subject(options)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     Grid(subject, path, Path(options.cache), device, source).run(options)
     return 0
 
 
-def _subject(options):
+def open_subject(options):
     """Return the model with its images, and the source of its corruptions where it brings them."""
     if options.model == "resnet20":
         return _resnet20(options), None

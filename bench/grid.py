@@ -95,7 +95,7 @@ class Grid:
             if self._known(cell, options):
                 continue
             if model is None:
-                model, facts = self._quantised(base, options)
+                model, facts = self.quantised(base, options)
                 self._answers.clear()
             if stream == "clean":
                 self._write(cell | facts, evaluate(model, whole(self.subject.test)), 1, options)
@@ -126,7 +126,7 @@ class Grid:
             self._corrupted[seed], images=options.stream_images, batch_size=options.batch_size, seed=seed
         )
 
-    def _quantised(self, base, options):
+    def quantised(self, base, options):
         """Return the packed model of a row, from the cache or made now, and what making it took."""
         if base["method"] == "none":
             model = self.subject.model.to(self.device)
@@ -138,7 +138,7 @@ class Grid:
             settings = {} if base["method"] == "rtn" else {"steps": base["steps"], "seed": base["seed"]}
             batches = [x.to(self.device) for x, _ in self.subject.calibration.batches(128)]
             start = time.perf_counter()
-            quantised = ttaq.quantize(
+            made = ttaq.quantize(
                 self.subject.model.to(self.device),
                 batches,
                 base["bits"],
@@ -147,9 +147,9 @@ class Grid:
                 **settings,
             )
             facts["seconds"] = round(time.perf_counter() - start, 1)
-            facts["note"] = "; ".join(decisions(quantised.ttaq_report))
+            facts["note"] = "; ".join(decisions(made.ttaq_report))
             path.parent.mkdir(parents=True, exist_ok=True)
-            ttaq.save(ttaq.pack(quantised), path)
+            ttaq.save(ttaq.pack(made), path)
         packed = ttaq.load(path, self.subject.architecture(), device=self.device)
         return packed, facts | {"bytes": path.stat().st_size}
 
@@ -202,12 +202,12 @@ def read(path: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def append(row: dict, path: Path) -> None:
+def append(row: dict, path: Path, columns: tuple[str, ...] = COLUMNS) -> None:
     """Add one row, in one write, so that several processes may share a file."""
     fresh = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", restval="")
+        writer = csv.DictWriter(file, columns, lineterminator="\n", restval="")
         if fresh:
             writer.writeheader()
         writer.writerow(row)

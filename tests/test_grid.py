@@ -49,7 +49,7 @@ def walk(bench, monkeypatch, tmp_path):
     monkeypatch.setattr(grid.machine, "commit", lambda given: {"commit": given, "dirty": "no"})
     monkeypatch.setattr(accuracy.torch.cuda, "is_available", lambda: False)
     subject = grid.Subject("tiny", decided(), pictures(16, 1), pictures(24, 2), ARCHITECTURE)
-    monkeypatch.setattr(accuracy, "_subject", lambda options: (subject, None))
+    monkeypatch.setattr(accuracy, "open_subject", lambda options: (subject, None))
 
     def run(*args, out=path):
         places = ["--out", str(out), "--cache", str(tmp_path / "cache")]
@@ -113,7 +113,7 @@ def test_every_order_is_a_stream_of_the_grid(bench, walk):
 def test_a_second_run_measures_only_what_is_missing(bench, walk, monkeypatch):
     first = walk(*RTN, "--streams", "iid")
     before = walk.path.read_bytes()
-    monkeypatch.setattr(bench("grid").Grid, "_quantised", None)  # not even a model is made
+    monkeypatch.setattr(bench("grid").Grid, "quantised", None)  # not even a model is made
     assert walk(*RTN, "--streams", "iid") == first
     assert walk.path.read_bytes() == before
 
@@ -215,7 +215,7 @@ def test_float_models_are_measured_once_and_with_entropy_alone(walk):
 def test_networks_without_batchnorm_have_no_rows_of_norm(bench, walk, monkeypatch):
     build = partial(ViT, size=SIDE, patch=4, width=16, depth=2, heads=2, classes=6)
     subject = bench("grid").Subject("vit", vit(), pictures(16, 1), pictures(24, 2), build)
-    monkeypatch.setattr(bench("accuracy"), "_subject", lambda options: (subject, None))
+    monkeypatch.setattr(bench("accuracy"), "open_subject", lambda options: (subject, None))
     rows = walk(*RTN, "--streams", "iid", "--statistics", "source")
     assert cells(rows, "adapter") == [("none",), ("source",), ("tent",)]
 
