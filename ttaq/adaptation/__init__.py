@@ -10,18 +10,24 @@ from torch import Tensor, nn
 
 from ..surgery import copy_model
 from .adapter import Adapter, Step
+from .alignment import Align
+from .forward_only import LAME, T3A
 from .gradient import GradientMethod, Tent
 from .guard import Skip
 from .losses import ABL, DOT, Loss, entropy
 from .method import Forward, Method
 from .statistics import AdaptiveBatchNorm, Norm, Source
+from .zeroth_order import ZerothOrder
 
 __all__ = [
     "ABL",
     "DOT",
+    "LAME",
     "METHODS",
+    "T3A",
     "Adapter",
     "AdaptiveBatchNorm",
+    "Align",
     "GradientMethod",
     "Loss",
     "Method",
@@ -30,11 +36,20 @@ __all__ = [
     "Source",
     "Step",
     "Tent",
+    "ZerothOrder",
     "adapt",
     "entropy",
 ]
 
-METHODS: dict[str, type[Method]] = {"source": Source, "norm": Norm, "tent": Tent}
+METHODS: dict[str, type[Method]] = {
+    "source": Source,
+    "norm": Norm,
+    "tent": Tent,
+    "lame": LAME,
+    "t3a": T3A,
+    "zeroth-order": ZerothOrder,
+    "align": Align,
+}
 
 
 def adapt(
@@ -54,7 +69,8 @@ def adapt(
 
     Args:
         model: A classifier: float, prepared or packed.
-        method: A name in `METHODS` ("source", "norm", "tent", or one added to that dict), or a `Method` class.
+        method: A name in `METHODS` ("source", "norm", "tent", "lame", "t3a", "zeroth-order", "align", or one added to
+            that dict), or a `Method` class.
         forward: Called as ``forward(model, x)``, returns logits (batch, classes); None calls ``model(x)``.
         guard: Whether NaN and Inf skip the step and restore the last good state.
         history: How many of the latest steps `adapter.history` remembers.
