@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..packed_layers import PackedConv2d
+from ..quantizers import ActivationQuantizer
 from .features import LINEAR, Moments, channel_axis, input_quantizer, moments_of, pooled, source_moments
 from .guard import Guard
 from .method import Forward, Method
@@ -32,8 +33,9 @@ class Align(Method):
 
     Where the layer quantises its input with one calibrated scale, `ops.prologue_fake_quant` aligns, quantises and
     measures in one pass; the layer then finds the same codes again, bit for bit. Where the scale is measured a token,
-    or nothing is quantised, the affine and the measurement run apart, before the layer. Products of two activations
-    (`QuantMatMul`) stay as they are. Nothing in the model changes: `export` gives it without the alignment.
+    nothing is quantised, or bfloat16 meets 8 bits, the affine and the measurement run apart, before the layer.
+    Products of two activations (`QuantMatMul`) stay as they are. Nothing in the model changes: `export` gives it
+    without the alignment.
     Source: QuAR, arXiv:2610.08358.
 
     Args:
@@ -149,8 +151,7 @@ def aligned(module: nn.Module, x: Tensor, gain: Tensor | None, shift: Tensor | N
         do both; and the moments of x, float32.
     """
     axis, quantizer = channel_axis(module, x), input_quantizer(module)
-    one_scale = quantizer is not None and quantizer.ready and quantizer.spec.granularity == "tensor"
-    if not one_scale or x.dtype not in DTYPES:
+    if quantizer is None or not _fuses(quantizer, x.dtype):
         found = moments_of(module, x)
         if gain is None:
             return x, found
@@ -166,6 +167,12 @@ def aligned(module: nn.Module, x: Tensor, gain: Tensor | None, shift: Tensor | N
     if gain is not None:
         mean, var = (mean - shift) / gain, var / gain.square()
     return y, Moments(mean, var, count)
+
+
+def _fuses(quantizer: ActivationQuantizer, dtype: torch.dtype) -> bool:
+    """Tell whether values on the grid, rounded to a dtype, get their codes back: bfloat16 is too coarse for 8 bits."""
+    one_scale = quantizer.ready and quantizer.spec.granularity == "tensor"
+    return one_scale and dtype in DTYPES and quantizer.spec.qmax * torch.finfo(dtype).eps < 1
 
 
 def _candidates(model: nn.Module) -> dict[nn.Module, str]:

@@ -126,6 +126,7 @@ class T3A(FeatureMethod):
         new = F.normalize(values, dim=1), entropy(logits), logits.argmax(1)
         held = [torch.cat([old.to(x.device), more]) for old, more in zip(self.support, new, strict=True)]
         kept = _surest(held[1], held[2], classes, self.filter_k)
+        self._own = logits
         self._pending = vectors, _, labels = tuple(part[kept] for part in held)
         counts = torch.bincount(labels, minlength=classes)
         prototypes = torch.segment_reduce(vectors, "mean", lengths=counts)
@@ -133,7 +134,7 @@ class T3A(FeatureMethod):
 
     def update(self, x: Tensor, logits: Tensor, guard: Guard) -> None:
         """Keep the support sets that `predict` used."""
-        guard.check(logits=[logits], support_sets=self._pending)
+        guard.check(logits=[logits, self._own], support_sets=self._pending)
         self.support = self._pending
 
     def reset(self) -> None:

@@ -16,21 +16,21 @@ from .losses import entropy
 from .method import Forward, Method
 
 LAST_NORMS = 3  # whose stored statistics stand for the source where there is no anchor
-FLOAT_STEP = 0.04  # of the root mean square of a weight, in the place of a quantiser's step where there is none
+FLOAT_STEP = 0.2  # of the root mean square of a weight, in the place of a quantiser's step where there is none
 
 
 class ZerothOrder(Method):
     """Descend along a random direction of the norm layers' affine, with two forward passes a batch and no gradient.
 
     ``L = mean entropy + alignment * D``, ``D = (|mu - mu_s| + |sigma - sigma_s|) / |sigma_s|`` of the features of the
-    batch against those of the source. One-sided SPSA in units of quantiser steps: ``theta = s phi``, u of random signs,
-    ``phi <- phi - lr (L(phi + r u) - L(phi)) / r * u``.
+    batch against those of the source. One-sided SPSA with u of random signs and ``c = perturbation * s``:
+    ``theta <- theta - lr (L(theta + c u) - L(theta)) c u / mean(c^2)``, the ordinary step where all c are equal.
 
     s is the step of the quantiser that the network calls next after the norm layer: a normalised value then moves by
-    about r steps, and a share r of the next codes flips at any width. (A fixed 2 % flips 46 % of them at 8 bits, 1-2 %
-    at 2 to 4.) A step that is measured a token counts with its mean over the first batch. Behind no quantiser s is 4 %
-    of the root mean square of the layer's weight, so that half a step is 2 %. A batch wants some dozen images: of a
-    single vector only the mean counts.
+    about `perturbation` steps, and about that share of the next codes flips, at any width. (A fixed 2 % flips 46 % of
+    them at 8 bits and 1-2 % at 2 to 4.) A step that is measured a token counts with its mean over the first batch.
+    Behind no quantiser s is 20 % of the root mean square of the layer's weight: the default then is the fixed 2 %.
+    A batch wants some dozen images; of a single vector only the mean counts.
     In the spirit of Deng et al., Test-Time Model Adaptation for Quantized Neural Networks, arXiv:2508.02180 (ZOA),
     without its bank of domains; Spall, IEEE TAC 37(3), 1992 (SPSA).
 
@@ -40,8 +40,8 @@ class ZerothOrder(Method):
         anchor: Batches of source images, some hundred in all, measured once; None takes the stored statistics of the
             last three BatchNorms.
         features: Name of the module whose input is compared, with an anchor; None takes the last linear layer.
-        lr: Steps (s) that a slope of 1 nat a step moves each parameter by.
-        perturbation: r, in steps.
+        lr: Learning rate.
+        perturbation: In steps of the next quantiser.
         alignment: Weight of D.
         parameters: "norm", name patterns or a predicate, see `GradientMethod`.
         seed: Of the directions.
@@ -57,8 +57,8 @@ class ZerothOrder(Method):
         *,
         anchor: Iterable | None = None,
         features: str | None = None,
-        lr: float = 0.05,
-        perturbation: float = 0.5,
+        lr: float = 1e-3,
+        perturbation: float = 0.1,
         alignment: float = 1.0,
         parameters: Parameters = "norm",
         seed: int = 0,
@@ -67,7 +67,7 @@ class ZerothOrder(Method):
         if not perturbation > 0 or not lr > 0 or alignment < 0:
             raise ValueError(
                 f"adapt: zeroth-order needs lr and perturbation above 0 and alignment from 0, got {lr}, {perturbation} "
-                f"and {alignment}; use 0.05, 0.5 and 1.0"
+                f"and {alignment}; use 1e-3, 0.1 and 1.0"
             )
         self.lr, self.perturbation, self.alignment, self.seed = lr, perturbation, alignment, seed
         self.parameters = select(model, parameters)
@@ -110,13 +110,15 @@ class ZerothOrder(Method):
                 parameter.copy_(before)
         slope = (beside - loss) / self.perturbation
         guard.check(objective_beside=[slope])
-        self._move(directions, -self.lr * slope)
+        self._move(directions, -self.lr * slope / self._mean_square())
         guard.check(adapted_tensors=self.parameters.values())
         return loss
 
     def objective(self, logits: Tensor) -> Tensor:
         """Return L, (), of the latest pass, which gave these logits (batch, classes)."""
-        apart = [_distance(self._seen[module], source) for module, source in self.source.items()]
+        apart = [
+            _distance(self._seen[module], source) for module, source in self.source.items() if module in self._seen
+        ]
         return entropy(logits).mean() + self.alignment * torch.stack(apart).mean()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -142,7 +144,10 @@ class ZerothOrder(Method):
         if anchor is None and norms:
             return {norm: Moments(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms}
         layer = find_layer(self.model, features)
-        return source_moments("zeroth-order on a model without BatchNorm", self.model, self.forward, anchor, [layer])
+        found = source_moments("zeroth-order without BatchNorm", self.model, self.forward, anchor, [layer])
+        if not found:
+            raise ValueError("adapt: features must name a module that the model calls; name another one")
+        return found
 
     def _measure_steps(self) -> dict[str, float]:
         """Give each parameter the step of the first quantiser called after its layer."""
@@ -151,6 +156,11 @@ class ZerothOrder(Method):
             following[module] = step
             step = step if self._order[module] is None else self._order[module]
         return {name: following.get(owner) or FLOAT_STEP * (_rms(owner) or 1.0) for name, owner in self._owners.items()}
+
+    def _mean_square(self) -> float:
+        """Return the mean square of the steps over all elements."""
+        sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
+        return sum(size * self.steps[name] ** 2 for name, size in sizes.items()) / sum(sizes.values())
 
     def _draw(self) -> list[Tensor]:
         """Draw a random sign for every element of every parameter."""
