@@ -194,7 +194,7 @@ def test_entropy_of_known_distributions():
         ({"parameters": ["nothing*"]}, r"matches no parameter of Sequential \(it has 0.weight"),
         ({"steps": 0}, "steps must be a whole number from 1, got 0"),
         ({"rate": 1}, "tent does not know rate; it takes lr, optimizer"),
-        ({"method": "tant"}, "one of source, norm, tent, got 'tant'"),
+        ({"method": "tant"}, f"one of {', '.join(METHODS)}, got 'tant'"),
     ],
 )
 def test_refusals(options, says):
