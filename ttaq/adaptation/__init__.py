@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
+from .alignment import Align
 from .bank import DomainBank
+from .forward_only import LAME, T3A
 from .gradient import GradientMethod, Tent
 from .guard import Settled, Skip
 from .history import Step, write_history
@@ -22,16 +24,20 @@ from .selection import EATA, ETA, DeYO
 from .sharpness import SAR
 from .statistics import AdaptiveBatchNorm
 from .telemetry import Telemetry
+from .zeroth_order import ZerothOrder
 
 __all__ = [
     "ABL",
     "DOT",
     "EATA",
     "ETA",
+    "LAME",
     "METHODS",
     "SAR",
+    "T3A",
     "Adapter",
     "AdaptiveBatchNorm",
+    "Align",
     "DeYO",
     "DomainBank",
     "GradientMethod",
@@ -44,6 +50,7 @@ __all__ = [
     "Step",
     "Telemetry",
     "Tent",
+    "ZerothOrder",
     "adapt",
     "collect_params",
     "configure_model",
@@ -59,6 +66,10 @@ METHODS: dict[str, type[Method]] = {
     "eata": EATA,
     "sar": SAR,
     "deyo": DeYO,
+    "lame": LAME,
+    "t3a": T3A,
+    "zeroth-order": ZerothOrder,
+    "align": Align,
 }
 
 
@@ -82,8 +93,7 @@ def adapt(
 
     Args:
         model: A classifier: float, prepared or packed.
-        method: A name in `METHODS` ("source", "norm", "tent", "eta", "eata", "sar", "deyo", or one added to that
-            dict), or a `Method` class.
+        method: A name in `METHODS`, the user's own among them, or a `Method` class.
         forward: Called as ``forward(model, x)``, returns logits (batch, classes); None calls ``model(x)``.
         guard: True, "finite" or False: whether NaN and Inf skip the step and restore the last good state, and whether
             correlated batches and collapse are answered, see `Adapter`.
