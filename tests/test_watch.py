@@ -87,7 +87,7 @@ def test_effective_classes_run_from_one_to_all():
 
 
 def test_collapse_goes_half_way_back_and_then_all_the_way():
-    watch, all_of_them, few = Collapse(every=2), logits_for(range(CLASSES)), logits_for([0] * 9 + [1])
+    watch, all_of_them, few = Collapse(every=2), logits_for([*range(CLASSES)] * 2), logits_for([0] * 18 + [1] * 2)
     assert watch.judge(all_of_them, all_of_them)[0] == ""
     assert watch.judge(few, few)[0] == ""  # a batch of few classes is none
     verdict, finding = watch.judge(few, all_of_them)
@@ -96,6 +96,14 @@ def test_collapse_goes_half_way_back_and_then_all_the_way():
     for _ in range(6):
         watch.judge(all_of_them, all_of_them)
     assert watch.judge(few, all_of_them)[0] == "half"
+
+
+def test_single_images_are_judged_together():
+    watch, verdicts = Collapse(), []
+    for label in [*range(CLASSES)] * 4:
+        verdicts.append(watch.judge(logits_for([0]), logits_for([label]))[0])
+    assert verdicts.index("half") == 15
+    assert "full" in verdicts
 
 
 class Drifting(GradientMethod):

@@ -5,6 +5,7 @@ Neither looks at labels. Both are part of the guard: what they do is written int
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import deque
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ from .statistics import AdaptiveBatchNorm
 
 _STALE = 2000  # images over which the frequency of the predicted classes is averaged
 _CALM, _ALARM = 0.75, 0.5  # effective classes, as a share of those of the unadapted parameters: collapse twice, at once
+_ENOUGH, _OFTEN = 16, 4  # images that a judgement needs; batches between looks at fewer
 
 
 class Correlation:
@@ -103,14 +105,18 @@ class Correlation:
         self.frequency, self.recent = list(state["frequency"]), deque(list(labels) for labels in state["recent"])
 
 
+_REMEMBERED = ("batches", "looks", "average", "low", "restored", "flips", "images", "sums")
+
+
 class Collapse:
     """Tell when a method makes a model predict fewer classes than its parameters did before they adapted.
 
     ``classes(p) = exp(H(mean_b p_b))`` is the effective number of classes that a batch is taken for. Every `every`
     batches, and at once where it falls below half of its own slow average, the batch is predicted a second time with
     the unadapted parameters and the statistics of now, so that a batch of few classes is no false alarm; the share of
-    predictions that changed is told beside it. Below `_CALM` of the classes twice in a row, or below `_ALARM` once,
-    the parameters go halfway back, and where that was done among the latest `patience` looks, all the way.
+    predictions that changed is told beside it. Small batches are looked at more often and judged together. Below
+    `_CALM` of the classes twice in a row, or below `_ALARM` once, the parameters go halfway back, and where that was
+    done among the latest `patience` judgements, all the way.
 
     Args:
         every: Batches between two looks.
@@ -128,16 +134,24 @@ class Collapse:
         sinks = self.batches > self.every and now < 0.5 * self.average
         rate = max(0.05, 1 / self.batches)
         self.average += rate * (now - self.average)
-        return len(logits) > 1 and (sinks or self.batches % self.every == 0)
+        return sinks or self.batches % (self.every if len(logits) >= _ENOUGH else min(_OFTEN, self.every)) == 0
 
     def judge(self, logits: Tensor, reference: Tensor) -> tuple[str, str]:
         """Compare the logits of a batch with those of the unadapted parameters.
 
         Returns:
-            ("", "half" or "full") as what to restore, and the finding in words.
+            "", "half" or "full" as what to restore, and the finding in words.
         """
-        now, then = classes_of(logits), classes_of(reference)
-        flips = (logits.argmax(1) != reference.argmax(1)).float().mean().item()
+        sums = [part.float().softmax(1).sum(0).double() for part in (logits, reference)]
+        seen = [torch.tensor(part, device=logits.device) + more for part, more in zip(self.sums, sums, strict=True)]
+        self.flips += (logits.argmax(1) != reference.argmax(1)).sum().item()
+        self.images += len(logits)
+        if self.images < _ENOUGH:
+            self.sums = [part.tolist() for part in seen]
+            return "", ""
+        now, then = (_effective(part / self.images) for part in seen)
+        flips = self.flips / self.images
+        self.sums, self.flips, self.images = [0.0, 0.0], 0, 0
         self.looks += 1
         low = now < _CALM * then
         verdict = ""
@@ -150,21 +164,25 @@ class Collapse:
 
     def reset(self) -> None:
         """Forget the stream."""
-        self.batches = self.looks = 0
+        self.batches = self.looks = self.flips = self.images = 0
+        self.sums: list[Any] = [0.0, 0.0]  # of the predictions that wait for a judgement, and of their references
         self.average, self.low = 0.0, False
         self.restored: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is remembered."""
-        return {name: getattr(self, name) for name in ("batches", "looks", "average", "low", "restored")}
+        return {name: copy.copy(getattr(self, name)) for name in _REMEMBERED}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` returned."""
-        for name, value in state.items():
-            setattr(self, name, value)
+        for name in _REMEMBERED:
+            setattr(self, name, copy.copy(state[name]))
 
 
 def classes_of(logits: Tensor) -> float:
     """Return the effective number of classes of a batch, 1 to C: exp of the entropy of its mean prediction."""
-    mean = logits.float().softmax(1).mean(0)
+    return _effective(logits.float().softmax(1).mean(0))
+
+
+def _effective(mean: Tensor) -> float:
     return math.exp(-torch.special.xlogy(mean, mean).sum().item())
