@@ -1,11 +1,12 @@
-"""ROID's weights, losses and correction, and the views that it shares with the teachers."""
+"""ROID's weights, losses, statistics and correction, and the views and the optimizer, as the teachers have them."""
 
 import math
 
 import pytest
 import torch
-from tiny import images, vit
+from tiny import calibrated, images, resnet, vit
 
+import ttaq
 from ttaq.adaptation import adapt
 from ttaq.adaptation.ensemble import likelihood_ratio, symmetric_cross_entropy
 from ttaq.adaptation.views import numbered
@@ -64,3 +65,26 @@ def test_views_are_seeded_and_leave_the_global_generator_alone():
     assert not torch.equal(a, other.view(x))
     assert torch.equal(state, torch.get_rng_state())
     assert len({numbered(seed, draw).initial_seed() for seed in range(9) for draw in range(99)}) == 9 * 99
+
+
+def test_the_statistics_kept_are_those_of_the_images_not_of_their_views():
+    roid, norm = (adapt(resnet(), method, statistics="ema", guard="finite") for method in ("roid", "norm"))
+    roid.method.lr = 0.0
+    roid.reset()
+    for seed in range(4):
+        roid(images(8, seed=seed))
+        norm(images(8, seed=seed))
+    tensors = roid.method.tensors()
+    for name, moment in norm.method.tensors().items():
+        torch.testing.assert_close(tensors[name], moment)
+
+
+@pytest.mark.parametrize("method", ["cotta", "rotta"])
+def test_a_students_scales_learn_at_rates_of_their_own(method):
+    model = ttaq.pack(calibrated("resnet", "w4a4"))
+    chosen = adapt(model, method, parameters="norm+activation_scales", lr=1e-2).method
+    rates = {p: group["lr"] for group in chosen.optimizer.param_groups for p in group["params"]}
+    assert rates.keys() == set(chosen.parameters.values())
+    for name, parameter in chosen.parameters.items():
+        expected = 1e-2 * parameter.item() if name.endswith("input_quantizer.scale") else 1e-2
+        assert rates[parameter] == pytest.approx(expected)
