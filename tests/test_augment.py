@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from ttaq.augment import add_noise, change_light, perturb, shift_and_flip
+from ttaq.augment import add_noise, blur, change_colour, change_light, distort, perturb, shift_and_flip, warp
 
-ALL = [shift_and_flip, add_noise, change_light, perturb]
+ALL = [shift_and_flip, add_noise, change_light, perturb, change_colour, warp, blur, distort]
 
 
 def seeded(seed=0):
@@ -81,3 +81,40 @@ def test_light_is_an_affine_change_within_bounds(x):
     assert ratio.unique().numel() == len(x)
     centred = (y - y.mean((1, 2, 3), keepdim=True)) / ratio.view(-1, 1, 1, 1)
     torch.testing.assert_close(centred, x - x.mean((1, 2, 3), keepdim=True))
+
+
+def test_colour_turns_about_grey_and_keeps_it(x):
+    y = change_colour(x, seeded(), saturation=0.3, hue=0.1)
+    torch.testing.assert_close(y.mean(1), x.mean(1), rtol=0, atol=1e-5)
+    ratio = (y - y.mean(1, keepdim=True)).norm(dim=1) / (x - x.mean(1, keepdim=True)).norm(dim=1)
+    assert ((ratio > 0.699) & (ratio < 1.301)).all()
+    spread = ratio.amax((1, 2)) - ratio.amin((1, 2))
+    assert (spread < 1e-3).all()  # a rotation keeps lengths: one factor an image
+    grey = x[:, :1].expand(-1, 3, -1, -1)
+    torch.testing.assert_close(change_colour(grey, seeded()), grey)
+    two = change_colour(x[:, :2], seeded(), saturation=0.0)
+    torch.testing.assert_close(two, x[:, :2])
+
+
+def test_warp_without_strength_is_the_image_or_its_mirror(x):
+    y = warp(x, seeded(), angle=0.0, shift=0.0, scale=0.0)
+    same = [torch.allclose(a, b, atol=1e-4) for a, b in zip(x, y, strict=True)]
+    mirrored = [torch.allclose(a.flip(2), b, atol=1e-4) for a, b in zip(x, y, strict=True)]
+    assert all(a != b for a, b in zip(same, mirrored, strict=True))
+    assert any(same)
+    assert any(mirrored)
+
+
+def test_warp_turns_a_quarter(monkeypatch):
+    monkeypatch.setattr("ttaq.augment._uniform", lambda n, generator, like: torch.ones(n))
+    x = torch.randn(2, 3, 12, 12, generator=seeded(4))
+    y = warp(x, seeded(), angle=90.0, shift=0.0, scale=0.0)
+    assert any(torch.allclose(x.rot90(k, (2, 3)), y, atol=1e-4) for k in (1, 3))
+
+
+def test_blur_keeps_flat_images_and_smooths_the_others(x):
+    flat = torch.full((2, 3, 9, 7), 1.5)
+    torch.testing.assert_close(blur(flat, seeded(), sigma=2.0), flat)
+    rough = (x.diff(dim=3) ** 2).mean((1, 2, 3))
+    assert ((blur(x, seeded(), sigma=3.0).diff(dim=3) ** 2).mean((1, 2, 3)) < rough).all()
+    assert blur(torch.ones(1, 1, 1, 1), seeded()).shape == (1, 1, 1, 1)

@@ -1,13 +1,15 @@
-"""The few seeded perturbations of image batches that calibration and its relatives use.
+"""The few seeded perturbations of image batches that calibration, its relatives and adaptation use.
 
 All draw from the generator they are given and from nothing else, image by image; all keep shape and dtype and
 work on images that are already normalised, because strengths are relative to each image.
 """
 
+import math
+
 import torch
 from torch.nn import functional as F
 
-__all__ = ["add_noise", "change_light", "perturb", "shift_and_flip"]
+__all__ = ["add_noise", "blur", "change_colour", "change_light", "distort", "perturb", "shift_and_flip", "warp"]
 
 
 def shift_and_flip(x: torch.Tensor, generator: torch.Generator, pixels: int = 4) -> torch.Tensor:
@@ -111,6 +113,116 @@ def perturb(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return add_noise(change_light(x, generator), generator)
 
 
+def change_colour(
+    x: torch.Tensor, generator: torch.Generator, saturation: float = 0.5, hue: float = 0.06
+) -> torch.Tensor:
+    """Change each image's saturation and turn its hues.
+
+    With ``grey`` the mean over channels and ``d = x - grey``: ``y = grey + s * (d cos(t) + (k x d) sin(t))``, a
+    rotation about ``k = (1, 1, 1) / sqrt(3)``; ``s ~ U(1 - saturation, 1 + saturation)``, ``t ~ 2 pi U(-hue, hue)``.
+    Images that have not three channels keep their hues.
+
+    Args:
+        x: (N, C, H, W), floating point.
+        generator: On any device.
+        saturation: Largest relative change.
+        hue: Largest turn, in full turns.
+
+    Returns:
+        Like `x`.
+
+    Raises:
+        ValueError: `x` is not a batch of float images.
+    """
+    _check("change_colour", x)
+    n = len(x)
+    gain = _between(n, generator, x, 1 - saturation, 1 + saturation).view(n, 1, 1, 1)
+    turn = 2 * math.pi * _between(n, generator, x, -hue, hue).view(n, 1, 1, 1)
+    grey = x.mean(dim=1, keepdim=True)
+    colour = x - grey
+    if x.shape[1] == 3:
+        across = (colour.roll(1, 1) - colour.roll(-1, 1)) / math.sqrt(3)
+        colour = colour * turn.cos() + across * turn.sin()
+    return grey + gain * colour
+
+
+def warp(
+    x: torch.Tensor, generator: torch.Generator, angle: float = 15.0, shift: float = 1 / 16, scale: float = 0.1
+) -> torch.Tensor:
+    """Rotate, move and scale each image, borders mirrored, and flip half of them, in one bilinear resampling.
+
+    Args:
+        x: (N, C, H, W), floating point.
+        generator: On any device.
+        angle: Largest rotation, degrees.
+        shift: Largest move, as a share of height and width.
+        scale: Largest relative change of size.
+
+    Returns:
+        Like `x`.
+
+    Raises:
+        ValueError: `x` is not a batch of float images.
+    """
+    _check("warp", x)
+    n, _, height, width = x.shape
+    values = x.to(torch.promote_types(x.dtype, torch.float32))
+    turn = math.radians(angle) * _between(n, generator, values, -1, 1)
+    size = _between(n, generator, values, 1 - scale, 1 + scale)
+    flip = torch.where(_uniform(n, generator, values) < 0.5, -1.0, 1.0)
+    right, down = (2 * shift * _between(n, generator, values, -1, 1) for _ in range(2))
+    cos, sin = size * turn.cos(), size * turn.sin()
+    rows = [flip * cos, -flip * sin * (height / width), right, sin * (width / height), cos, down]
+    grid = F.affine_grid(torch.stack(rows, 1).view(n, 2, 3).to(values), list(x.shape), align_corners=False)
+    return F.grid_sample(values, grid, padding_mode="reflection", align_corners=False).to(x.dtype)
+
+
+def blur(x: torch.Tensor, generator: torch.Generator, sigma: float = 0.5) -> torch.Tensor:
+    """Blur each image with a Gaussian of 5 x 5 pixels, borders repeated.
+
+    Args:
+        x: (N, C, H, W), floating point.
+        generator: On any device.
+        sigma: Largest standard deviation, in pixels; each image's is drawn from 0 to it.
+
+    Returns:
+        Like `x`.
+
+    Raises:
+        ValueError: `x` is not a batch of float images.
+    """
+    _check("blur", x)
+    n, _, height, width = x.shape
+    values = x.to(torch.promote_types(x.dtype, torch.float32))
+    spread = _between(n, generator, values, 0, sigma).clamp(min=1e-3)
+    taps = torch.exp(-torch.arange(-2, 3, device=x.device).square() / (2 * spread.square().unsqueeze(1)))
+    taps = (taps / taps.sum(1, keepdim=True)).view(n, 5, 1, 1, 1)
+    padded = F.pad(values, [2] * 4, mode="replicate")
+    padded = sum(taps[:, k] * padded[:, :, k : k + height] for k in range(5))
+    return sum(taps[:, k] * padded[..., k : k + width] for k in range(5)).to(x.dtype)
+
+
+def distort(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Change light and colour, warp, blur and add a little noise, in this order: the strong views of adaptation.
+
+    The kinds are those of Wang et al., CoTTA, arXiv:2203.13591 (supplement); strengths are restated relative to each
+    image, which may be normalised already.
+
+    Args:
+        x: (N, C, H, W), floating point.
+        generator: On any device.
+
+    Returns:
+        Like `x`.
+
+    Raises:
+        ValueError: `x` is not a batch of float images.
+    """
+    _check("distort", x)
+    x = change_colour(change_light(x, generator, brightness=0.5, contrast=0.4), generator)
+    return add_noise(blur(warp(x, generator), generator), generator, snr=40.0)
+
+
 def _check(verb: str, x: torch.Tensor) -> None:
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(
@@ -120,6 +232,10 @@ def _check(verb: str, x: torch.Tensor) -> None:
 
 def _uniform(n: int, generator: torch.Generator, like: torch.Tensor) -> torch.Tensor:
     return torch.rand(n, generator=generator, device=generator.device).to(like)
+
+
+def _between(n: int, generator: torch.Generator, like: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    return low + (high - low) * _uniform(n, generator, like)
 
 
 def _start(n: int, pixels: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:

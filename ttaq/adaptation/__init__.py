@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .alignment import Align
 from .bank import DomainBank
+from .ensemble import ROID
 from .forward_only import LAME, T3A
 from .gradient import GradientMethod, Tent
 from .guard import Settled, Skip
@@ -23,6 +24,7 @@ from .parameters import collect_params, configure_model, share_model
 from .selection import EATA, ETA, DeYO
 from .sharpness import SAR
 from .statistics import AdaptiveBatchNorm
+from .teacher import CoTTA, RoTTA
 from .telemetry import Telemetry
 from .zeroth_order import ZerothOrder
 
@@ -33,17 +35,20 @@ __all__ = [
     "ETA",
     "LAME",
     "METHODS",
+    "ROID",
     "SAR",
     "T3A",
     "Adapter",
     "AdaptiveBatchNorm",
     "Align",
+    "CoTTA",
     "DeYO",
     "DomainBank",
     "GradientMethod",
     "Loss",
     "Method",
     "Norm",
+    "RoTTA",
     "Settled",
     "Skip",
     "Source",
@@ -66,6 +71,9 @@ METHODS: dict[str, type[Method]] = {
     "eata": EATA,
     "sar": SAR,
     "deyo": DeYO,
+    "cotta": CoTTA,
+    "rotta": RoTTA,
+    "roid": ROID,
     "lame": LAME,
     "t3a": T3A,
     "zeroth-order": ZerothOrder,
