@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ..norms import batch_norms
 from .features import Moments, find_layer, input_quantizer, moments_of, source_moments, watching
-from .gradient import Parameters, select
 from .guard import Guard
 from .losses import entropy
 from .method import Forward, Method
+from .parameters import Parameters, select
 
 LAST_NORMS = 3  # whose stored statistics stand for the source where there is no anchor
 FLOAT_STEP = 0.2  # of the root mean square of a weight, in the place of a quantiser's step where there is none
