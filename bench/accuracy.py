@@ -37,13 +37,14 @@ AXES = {
 KNOWN = {"methods": METHODS, "adapters": AXES["adapters"], "losses": LOSSES, "streams": STREAMS}
 
 
-def _whole(text):
+def whole(text):
+    """Read a whole number."""
     if not text.isdigit():
         raise ValueError(f"takes whole numbers, got {text!r}")
     return int(text)
 
 
-READ = {"seeds": _whole, "bits": Recipe.parse, "statistics": statistics_of}
+READ = {"seeds": whole, "bits": Recipe.parse, "statistics": statistics_of}
 
 
 def main(options: argparse.Namespace) -> int:
@@ -135,17 +136,28 @@ def _help(name, default):
 
 
 def _list(name):
-    def read(text):
+    return list_of(KNOWN.get(name), READ.get(name, str), name == "seeds")
+
+
+def list_of(known=None, read=str, made=False):
+    """Return what reads an option with commas between its values.
+
+    Args:
+        known: The values there are; None for any.
+        read: Called on each; a ValueError refuses it.
+        made: Whether what `read` returns is given on, and not the text.
+    """
+
+    def read_all(text):
         parts = [part.strip() for part in text.split(",") if part.strip()]
-        known = KNOWN.get(name)
         if known and (odd := sorted(set(parts) - set(known))):
             raise argparse.ArgumentTypeError(f"takes {', '.join(known)}, got {', '.join(odd)}")
         try:
-            values = [READ.get(name, str)(part) for part in parts]
+            values = [read(part) for part in parts]
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
         if not parts:
             raise argparse.ArgumentTypeError("wants at least one")
-        return values if name == "seeds" else parts
+        return values if made else parts
 
-    return read
+    return read_all

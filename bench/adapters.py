@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -20,10 +19,12 @@ import torch
 import ttaq
 from ttaq.adaptation import METHODS
 from ttaq.evaluation import evaluate
+from ttaq.spec import Recipe
 from ttaq.streams import STREAMS, Corrupted, Stream
+from ttaq.tracing import leaves
 
 from . import accuracy, machine
-from .grid import FLOAT, Grid, append, read
+from .grid import FLOAT, append, packed_model, read
 
 KEY = ("model", "bits", "seed", "adapter", "guard", "stream")
 COLUMNS = (
@@ -63,22 +64,16 @@ def measure(model: torch.nn.Module, stream: Stream, anchor: list, cell: dict) ->
         "forwards": round(result.forwards, 3),
         "backwards": round(result.backwards, 3),
         "seconds": round(time.perf_counter() - start, 1),
-        "state_bytes": _bytes(adapter.state_dict()),
+        "state_bytes": sum(t.numel() * t.element_size() for t in leaves(adapter.state_dict())),
         "skipped": adapter.skipped,
         "events": "; ".join(f"{count} x {kind}" for kind, count in sorted(events.items())),
     }
 
 
 def _kind(event: str) -> str:
-    """Leave out the numbers that an event tells."""
-    return re.sub(r" \(.*?\)|[\d.]+%?|: .* changed;", "", event).strip()
-
-
-def _bytes(tree) -> int:
-    if isinstance(tree, torch.Tensor):
-        return tree.numel() * tree.element_size()
-    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
-    return sum(_bytes(part) for part in parts)
+    """Leave out of an event what it counts and measures: of a collapse remains what was done."""
+    kind, _, told = event.partition(": ")
+    return f"{kind}: {told.rpartition('; ')[2]}" if kind == "collapse" else event.partition(" (")[0]
 
 
 def run(options: argparse.Namespace) -> int:
@@ -89,7 +84,6 @@ def run(options: argparse.Namespace) -> int:
         return 0
     subject, source = accuracy.open_subject(options)
     torch.set_num_threads(options.threads or torch.get_num_threads())
-    grid = Grid(subject, path.with_suffix(".none"), Path(options.cache), "cpu", source)
     anchor = [x for x, _ in subject.calibration.batches(options.batch_size)]
     done = {tuple(row[k] for k in KEY) for row in read(path)}
     kinds = orders(options.stream_images, options.batch_size)
@@ -102,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
             if model is None:
                 method = "none" if bits == FLOAT else options.method
                 base = {"model": subject.name, "bits": bits, "method": method, "steps": options.steps, "seed": seed}
-                model, _ = grid.quantised(base, options)
+                model, _ = packed_model(subject, Path(options.cache), "cpu", base, options.images)
             found = measure(model, kinds[stream](corrupted, seed=seed), anchor, cell)
             row = machine.commit(options.commit) | {"machine": machine.facts("cpu")["machine"]} | cell | found
             append(row, path, COLUMNS)
@@ -126,16 +120,6 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines).strip()
 
 
-def _names(known):
-    def read_names(text: str) -> list[str]:
-        names = text.split(",")
-        if unknown := [name for name in names if name not in known]:
-            raise argparse.ArgumentTypeError(f"wanted some of {', '.join(known)}, got {', '.join(unknown)}")
-        return names
-
-    return read_names
-
-
 def add_command(commands: argparse._SubParsersAction) -> None:
     """Declare the command and its options."""
     parser = commands.add_parser("adapters", help="every adaptation method on every kind of stream")
@@ -146,11 +130,11 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--steps", type=int, default=500, help="steps a block")
     parser.add_argument("--method", default="ttaq", help="how models are quantised")
     parser.add_argument("--cache", default=str(machine.ROOT / ".cache"), help="folder of packed models")
-    parser.add_argument("--bits", type=lambda text: text.split(","), default=[FLOAT, "w4a4", "w2a2"])
-    parser.add_argument("--seeds", type=lambda text: [int(s) for s in text.split(",")], default=[0])
-    parser.add_argument("--adapters", type=_names(METHODS), default=list(METHODS))
-    parser.add_argument("--streams", type=_names(orders(1, 1)), default=list(orders(1, 1)))
-    parser.add_argument("--guards", type=_names(GUARDS), default=["on", "off"])
+    parser.add_argument("--bits", type=accuracy.list_of(read=Recipe.parse), default=[FLOAT, "w4a4", "w2a2"])
+    parser.add_argument("--seeds", type=accuracy.list_of(read=accuracy.whole, made=True), default=[0])
+    parser.add_argument("--adapters", type=accuracy.list_of(METHODS), default=list(METHODS))
+    parser.add_argument("--streams", type=accuracy.list_of(orders(1, 1)), default=list(orders(1, 1)))
+    parser.add_argument("--guards", type=accuracy.list_of(GUARDS), default=["on", "off"])
     parser.add_argument("--stream-images", type=int, default=500, help="a corruption")
     parser.add_argument("--batch-size", type=int, default=200)
     parser.add_argument("--threads", type=int, default=0)

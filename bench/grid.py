@@ -95,7 +95,7 @@ class Grid:
             if self._known(cell, options):
                 continue
             if model is None:
-                model, facts = self.quantised(base, options)
+                model, facts = packed_model(self.subject, self.cache, self.device, base, options.images)
                 self._answers.clear()
             if stream == "clean":
                 self._write(cell | facts, evaluate(model, whole(self.subject.test)), 1, options)
@@ -126,33 +126,6 @@ class Grid:
             self._corrupted[seed], images=options.stream_images, batch_size=options.batch_size, seed=seed
         )
 
-    def quantised(self, base, options):
-        """Return the packed model of a row, from the cache or made now, and what making it took."""
-        if base["method"] == "none":
-            model = self.subject.model.to(self.device)
-            return model, {"bytes": 4 * sum(p.numel() for p in model.parameters())}
-        name = "-".join(str(base[k]) for k in ("model", "bits", "method", "steps", "seed"))
-        path = self.cache / f"{name}-{options.images}.safetensors"
-        facts = {}
-        if not path.exists():
-            settings = {} if base["method"] == "rtn" else {"steps": base["steps"], "seed": base["seed"]}
-            batches = [x.to(self.device) for x, _ in self.subject.calibration.batches(128)]
-            start = time.perf_counter()
-            made = ttaq.quantize(
-                self.subject.model.to(self.device),
-                batches,
-                base["bits"],
-                method=base["method"],
-                progress=False,
-                **settings,
-            )
-            facts["seconds"] = round(time.perf_counter() - start, 1)
-            facts["note"] = "; ".join(decisions(made.ttaq_report))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            ttaq.save(ttaq.pack(made), path)
-        packed = ttaq.load(path, self.subject.architecture(), device=self.device)
-        return packed, facts | {"bytes": path.stat().st_size}
-
     def _write(self, cell, result: Result, number: int, options) -> None:
         images = len(self.subject.test) if cell["stream"] == "clean" else options.stream_images
         row = cell | {"pass": number, "images": images, "error": round(result.mean_error, 3)}
@@ -178,6 +151,42 @@ class _Remembering(nn.Module):
         if new:
             self.answers.update(zip([keys[at] for at in new], self.model(x[new]).cpu(), strict=True))
         return torch.stack([self.answers[key] for key in keys]).to(x.device)
+
+
+def packed_model(subject: Subject, cache: Path, device: str, base: dict, images: int) -> tuple[nn.Module, dict]:
+    """Return the packed model of a row, from the cache or made now, and what making it took.
+
+    Args:
+        subject: The float model and its images.
+        cache: Folder of packed models.
+        device: Where it goes.
+        base: The row's model, bits, method, steps and seed; the method "none" gives the float model.
+        images: Calibration images, for the name of the file.
+    """
+    if base["method"] == "none":
+        model = subject.model.to(device)
+        return model, {"bytes": 4 * sum(p.numel() for p in model.parameters())}
+    name = "-".join(str(base[k]) for k in ("model", "bits", "method", "steps", "seed"))
+    path = cache / f"{name}-{images}.safetensors"
+    facts = {}
+    if not path.exists():
+        settings = {} if base["method"] == "rtn" else {"steps": base["steps"], "seed": base["seed"]}
+        batches = [x.to(device) for x, _ in subject.calibration.batches(128)]
+        start = time.perf_counter()
+        made = ttaq.quantize(
+            subject.model.to(device),
+            batches,
+            base["bits"],
+            method=base["method"],
+            progress=False,
+            **settings,
+        )
+        facts["seconds"] = round(time.perf_counter() - start, 1)
+        facts["note"] = "; ".join(decisions(made.ttaq_report))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ttaq.save(ttaq.pack(made), path)
+    packed = ttaq.load(path, subject.architecture(), device=device)
+    return packed, facts | {"bytes": path.stat().st_size}
 
 
 def statistics_of(text: str) -> dict:

@@ -268,7 +268,7 @@ def launch_cpu(
     weight = (words.contiguous(), scale.contiguous(), zero.contiguous())
     bias = None if bias is None else bias.float().contiguous()
     last = (y, _products.stored_bits(words, bits, _terms(x.shape[1], *geometry)), _flat(*geometry), channels_last)
-    moments, nonfinite = _epilogue.allocate(y, words.shape[0], end)
+    moments, nonfinite = _epilogue.allocate(y, words.shape[0], end) if ends else (None, None)
     if y.numel() and x_scale is None:
         _products.packed_conv2d_floats(_innermost(x), *weight, bias, *last)
     elif y.numel():

@@ -247,7 +247,7 @@ def launch_cpu(x, words, scale, zero, bias, bits, group, x_scale, x_zero, x_bits
     ends = x_scale is not None and _products.follows(end)
     made = end.dtype(dtype) if ends else torch.float32 if end.transforms or end.moments else dtype
     y = x.new_empty((*x.shape[:-1], words.shape[0]), dtype=made)
-    moments, nonfinite = _epilogue.allocate(y, words.shape[0], end)
+    moments, nonfinite = _epilogue.allocate(y, words.shape[0], end) if ends else (None, None)
     if y.numel():
         weight = (words.contiguous(), scale.contiguous(), zero.contiguous())
         bias = None if bias is None else bias.float().contiguous()

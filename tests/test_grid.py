@@ -113,7 +113,7 @@ def test_every_order_is_a_stream_of_the_grid(bench, walk):
 def test_a_second_run_measures_only_what_is_missing(bench, walk, monkeypatch):
     first = walk(*RTN, "--streams", "iid")
     before = walk.path.read_bytes()
-    monkeypatch.setattr(bench("grid").Grid, "quantised", None)  # not even a model is made
+    monkeypatch.setattr(bench("grid"), "packed_model", None)  # not even a model is made
     assert walk(*RTN, "--streams", "iid") == first
     assert walk.path.read_bytes() == before
 

@@ -148,3 +148,19 @@ def test_the_watch_resumes_bit_for_bit():
 def test_an_unknown_guard_is_refused():
     with pytest.raises(ValueError, match=r'^adapt: guard must be True, "finite" or False, got'):
         adapt(cnn(), "norm", guard="all")
+
+
+def test_a_look_that_fails_leaves_what_adapted():
+    adapter = adapt(cnn(), Drifting, lr=0.05)
+    for seed in range(5):
+        adapter(images(64, seed))
+    live = adapter.method.tensors()
+    before = {name: tensor.detach().clone() for name, tensor in live.items()}
+
+    def broken(model, x):
+        raise RuntimeError("no second pass")
+
+    adapter.method.forward, adapter.guard.collapse.every = broken, 1
+    with pytest.raises(RuntimeError, match="no second pass"):
+        adapter.guard.observe(images(64), logits_for([0, 1])[:, :5], adapter._first)
+    assert all(torch.equal(before[name], tensor) for name, tensor in live.items())

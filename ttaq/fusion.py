@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 
-from .layers import QuantConv2d, QuantLinear, QuantMatMul, activation_grid
+from .layers import QuantConv2d, QuantLinear, QuantMatMul, activation_grid, pads_apart
 from .norms import FrozenBatchNorm, freeze
 from .packed_layers import PackedConv2d, PackedLinear
 from .quantizers import ActivationQuantizer
@@ -225,7 +225,7 @@ def _takes_codes(layer):
         return False
     if layer.input_quantizer.spec.granularity != "tensor" or not layer.input_quantizer.ready:
         return False
-    return isinstance(layer, PackedLinear) or not layer.pads_apart
+    return isinstance(layer, PackedLinear) or not pads_apart(layer)
 
 
 def _lay_out(model):

@@ -169,14 +169,17 @@ def pad_input(layer: nn.Module, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
     Returns:
         The input, and the (rows, columns) of zeros that are left to add on each side.
     """
-    if layer.padding_mode != "zeros":
-        return F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), (0, 0)
-    if not isinstance(layer.padding, str):
-        return x, layer.padding
     left, right, top, bottom = layer._reversed_padding_repeated_twice
-    if left == right and top == bottom:
+    if not pads_apart(layer):
         return x, (top, left)
-    return F.pad(x, (left, right, top, bottom)), (0, 0)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return F.pad(x, (left, right, top, bottom), mode=mode), (0, 0)
+
+
+def pads_apart(layer: nn.Module) -> bool:
+    """Tell whether the input of a convolution is padded before the op, which takes equal sides of zeros alone."""
+    left, right, top, bottom = layer._reversed_padding_repeated_twice
+    return layer.padding_mode != "zeros" or left != right or top != bottom
 
 
 def counted(layer, y, count):

@@ -48,7 +48,8 @@ def freeze(model: nn.Module) -> nn.Module:
 
     A layer that goes on with an activation of its own, as timm's do, becomes a sequence of both.
     """
-    for name, norm in [(n, m) for n, m in model.named_modules() if m in set(batch_norms(model))]:
+    norms = set(batch_norms(model))
+    for name, norm in [(name, module) for name, module in model.named_modules() if module in norms]:
         frozen = FrozenBatchNorm(norm)
         more = [part for part in (getattr(norm, "drop", None), getattr(norm, "act", None)) if part is not None]
         replace(model, name, nn.Sequential(frozen, *more) if more else frozen)

@@ -141,13 +141,6 @@ class PackedConv2d(_PackedLayer):
         """Return (O, C / groups, R, S)."""
         return self.out_channels, self.in_channels // self.groups, *self.kernel_size
 
-    @property
-    def pads_apart(self) -> bool:
-        """Whether the input is padded before the op, which takes equal sides of zeros alone."""
-        sides = self._reversed_padding_repeated_twice
-        unequal = isinstance(self.padding, str) and (sides[0] != sides[1] or sides[2] != sides[3])
-        return self.padding_mode != "zeros" or unequal
-
     def forward(self, x: Tensor, **follows) -> Tensor:
         """Map (B, C, H, W) to (B, O, H', W'); `follows` and codes for `x` are those of `ops.packed_conv2d`."""
         _check_inputs("PackedConv2d", x, -3, self.in_channels)

@@ -42,16 +42,19 @@ struct Affine {
       : asked(e && e->gain), gain(asked ? e->gain + output : other, n), shift(asked ? e->shift + output : other, n) {}
 };
 
-// Takes n values through what follows to y, and counts for each those behind codes that are not finite.
+// Takes the values of outputs from `first` on through what follows, if anything does, to the row `y`, and counts for
+// each those behind codes that are not finite.
 template <class T>
-inline void follow(float (&v)[BLOCK], int n, const Ending& e, const Affine& affine, const T* residual, void* y,
-                   int32_t (&bad)[BLOCK]) {
+inline void follow(float (&v)[BLOCK], int64_t first, int n, const Ending* ending, const Affine& affine,
+                   const void* residual, void* y, int32_t (&bad)[BLOCK]) {
+  static constexpr Ending NOTHING{};
+  const Ending& e = ending ? *ending : NOTHING;
   if (affine.asked) {
 #pragma omp simd
     for (int j = 0; j < BLOCK; ++j) v[j] = v[j] * affine.gain.at[j] + affine.shift.at[j];
   }
   if (residual) {
-    const Block16<T> added(residual, n);
+    const Block16<T> added((const T*)residual + first, n);
 #pragma omp simd
     for (int j = 0; j < BLOCK; ++j) v[j] += ttaq::widen(added.at[j]);
   }
@@ -66,7 +69,7 @@ inline void follow(float (&v)[BLOCK], int n, const Ending& e, const Affine& affi
     T out[BLOCK];
 #pragma omp simd
     for (int j = 0; j < BLOCK; ++j) narrow(v[j], out[j]);
-    return put(static_cast<T*>(y), out, n);
+    return put(static_cast<T*>(y) + first, out, n);
   }
   int32_t wide[BLOCK];
 #pragma omp simd
@@ -78,7 +81,7 @@ inline void follow(float (&v)[BLOCK], int n, const Ending& e, const Affine& affi
   uint8_t codes[BLOCK];  // in a loop of their own, bytes do not make the vectors of the other one narrow
 #pragma omp simd
   for (int j = 0; j < BLOCK; ++j) codes[j] = uint8_t(wide[j]);
-  put(static_cast<uint8_t*>(y), codes, n);
+  put(static_cast<uint8_t*>(y) + first, codes, n);
 }
 
 inline int32_t total(const int32_t (&bad)[BLOCK], int n) {
@@ -119,16 +122,7 @@ int32_t finish(const Finish& f) {
 #pragma omp simd
         for (int j = 0; j < BLOCK; ++j) v[j] += bias.at[j];
       }
-      if (f.ending) {
-        const T* residual = f.residual ? (const T*)f.residual[i] + first : nullptr;
-        uint8_t* y = (uint8_t*)f.y[i] + first * (f.ending->codes ? 1 : sizeof(T));
-        follow(v, n, *f.ending, affine, residual, y, bad);
-        continue;
-      }
-      T out[BLOCK];
-#pragma omp simd
-      for (int j = 0; j < BLOCK; ++j) narrow(v[j], out[j]);
-      put((T*)f.y[i] + first, out, n);
+      follow<T>(v, first, n, f.ending, affine, f.residual ? f.residual[i] : nullptr, f.y[i], bad);
     }
     nonfinite += total(bad, n);
   }
@@ -154,19 +148,9 @@ int32_t finish_deep(const FinishDeep& f) {
 #pragma omp simd
       for (int j = 0; j < BLOCK; ++j) v[j] += bias.at[j];
     }
-    if (f.ending) {
-      const Affine affine(f.ending, first, n, f.scale + first);
-      const T* residual = f.residual ? (const T*)f.residual + first : nullptr;
-      uint8_t* y = (uint8_t*)f.y + first * int64_t(f.ending->codes ? 1 : sizeof(T));
-      int32_t bad[BLOCK] = {};
-      follow(v, n, *f.ending, affine, residual, y, bad);
-      nonfinite += total(bad, n);
-      continue;
-    }
-    T out[BLOCK];
-#pragma omp simd
-    for (int j = 0; j < BLOCK; ++j) narrow(v[j], out[j]);
-    put((T*)f.y + first, out, n);
+    int32_t bad[BLOCK] = {};
+    follow<T>(v, first, n, f.ending, Affine(f.ending, first, n, f.scale + first), f.residual, f.y, bad);
+    nonfinite += total(bad, n);
   }
   return nonfinite;
 }

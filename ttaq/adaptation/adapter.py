@@ -135,7 +135,7 @@ class Adapter(nn.Module):
             ValueError: The state is of another format, method or model; nothing was changed.
         """
         live = self.method.tensors()
-        check_state(state, self.state_dict(), self.name)
+        check_state(state, self.name, live, self._parts())
         with _plain(grad=False):
             self.method.load_state_dict(state["memory"])
             for name, part in self._parts().items():

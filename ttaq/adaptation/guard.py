@@ -100,26 +100,33 @@ class Guard:
         """
         if not self.watches:
             return []
-        self.correlation.observe(logits)
+        seen = logits.float().cpu()  # once: all that looks at predictions does so on the host
+        self.correlation.observe(seen)
         live = {n: t for n, t in self._method.tensors().items() if t.is_floating_point() and not _is_moment(n)}
-        if not live or not self.collapse.due(logits):
+        if not live or not self.collapse.due(seen):
             return []
-        with torch.no_grad():
-            held = {name: tensor.detach().clone() for name, tensor in live.items()}
-            for name, tensor in live.items():
-                tensor.copy_(first[name])
-            reference = self._method.forward(self._model, x)
-            discard(self.correlation.norms)
-            verdict, finding = self.collapse.judge(logits, reference)
-            for name, tensor in live.items():
-                if verdict != "full":
-                    tensor.copy_(held[name] if not verdict else torch.lerp(held[name], first[name], 0.5))
+        verdict, finding = self.collapse.judge(seen, self._reference(x, live, first))
+        if verdict:
+            with torch.no_grad():
+                for name, tensor in live.items():
+                    tensor.lerp_(first[name], 0.5 if verdict == "half" else 1.0)
         if verdict == "half" and self._method.optimizer:
             self._method.optimizer.state.clear()
         if verdict == "full":
             self._method.reset()
         done = {"half": "halfway back to the source", "full": "back to the source"}
         return [f"collapse: {finding}; {done[verdict]}"] if verdict else []
+
+    def _reference(self, x: Tensor, live: dict[str, Tensor], first: dict[str, Tensor]) -> Tensor:
+        """Predict a batch as before adaptation, under the statistics of now; what is live stays, come what may."""
+        with torch.no_grad():
+            held = [tensor.detach().clone() for tensor in live.values()]
+            copy_all(list(live.values()), [first[name] for name in live])
+            try:
+                return self._method.forward(self._model, x).float().cpu()
+            finally:
+                copy_all(list(live.values()), held)
+                discard(self.correlation.norms)
 
     def reset(self) -> None:
         """Forget the stream."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ FORMAT = 2
 PARTS = {"format", "method", "tensors", "memory", "parts", "counters"}
 
 
-def check_state(state: dict[str, Any], own: dict[str, Any], name: str) -> None:
-    """Raise ValueError where a state is none of an Adapter like the one whose `own` state is given."""
+def check_state(state: dict[str, Any], name: str, live: dict[str, torch.Tensor], parts: Iterable[str]) -> None:
+    """Raise ValueError where a state is none of an Adapter with this method, these tensors and these parts."""
     if not isinstance(state, dict) or not state.keys() >= PARTS:
         raise ValueError("Adapter.load_state_dict: this is no state of an Adapter; pass what its state_dict() gave")
     if state["format"] != FORMAT or state["method"] != name:
@@ -25,16 +26,16 @@ def check_state(state: dict[str, Any], own: dict[str, Any], name: str) -> None:
             f"Adapter.load_state_dict: expected format {FORMAT} of method {name!r}, got "
             f"{state['format']} of {state['method']!r}; adapt the model with the method it was saved from"
         )
-    shapes, given = ({name: tuple(t.shape) for name, t in s["tensors"].items()} for s in (own, state))
+    shapes, given = ({name: tuple(t.shape) for name, t in held.items()} for held in (live, state["tensors"]))
     if odd := sorted(name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name)):
         raise ValueError(
             f"Adapter.load_state_dict: {odd[0]} must have shape {shapes.get(odd[0])}, got {given.get(odd[0])}; "
             "adapt the same model with the same arguments first"
         )
-    if own["parts"].keys() != state["parts"].keys():
+    if set(parts) != state["parts"].keys():
         raise ValueError(
             f"Adapter.load_state_dict: the state has {', '.join(state['parts'])}, this Adapter "
-            f"{', '.join(own['parts'])}; give adapt() the same telemetry and bank"
+            f"{', '.join(parts)}; give adapt() the same telemetry and bank"
         )
 
 

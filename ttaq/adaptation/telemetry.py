@@ -87,6 +87,7 @@ class Telemetry:
     def reset(self) -> None:
         """Forget the stream, and a reference that came from it."""
         self.seen: dict[str, tuple[float, Tensor]] = {}
+        self._found: dict[str, Tensor] = {}  # the same on the device: the share that is clipped, and of each code
         self.values: dict[str, float] = {}  # of a code, in the latest batch
         self.batches = 0
         if not self.given:
@@ -105,13 +106,16 @@ class Telemetry:
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:
-        self.seen = {}
+        self.seen, self._found = {}, {}
         hooks = [layer.register_forward_pre_hook(self._look(name)) for name, layer in self.layers.items()]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+        shares = torch.cat(list(self._found.values())).cpu() if self._found else torch.zeros(0)  # one transfer
+        for name, part in zip(self._found, shares.split([len(f) for f in self._found.values()]), strict=True):
+            self.seen[name] = (part[0].item(), part[1:])
 
     def _look(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def look(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -123,7 +127,7 @@ class Telemetry:
                 _, _, seen = ops.prologue_fake_quant(x, scale, zero, qmin=0, qmax=qmax, axis=None, observe=True)
                 codes, _ = ops.quantize_codes(x, scale, zero, qmax=qmax)
                 counts = torch.bincount(codes.flatten().int(), minlength=qmax + 1).double()
-                self.seen[name] = (seen[4].sum().item() / x.numel(), (counts / x.numel()).cpu())
+                self._found[name] = torch.cat([seen[4].sum().double()[None], counts]) / x.numel()
                 self.values[name] = x.numel() / (qmax + 1)
 
         return look

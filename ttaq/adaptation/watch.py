@@ -74,7 +74,7 @@ class Correlation:
         return f"BatchNorm averages the statistics of batches ({why})"
 
     def observe(self, logits: Tensor) -> None:
-        """Count the predictions of a batch, (n, C), n at least 1."""
+        """Count the predictions of a batch, logits (n, C) on the CPU, n at least 1."""
         images, classes = logits.shape
         self.recent.append(logits.argmax(1).tolist())
         while sum(map(len, self.recent)) - len(self.recent[0]) >= self.window:
@@ -128,7 +128,7 @@ class Collapse:
         self.reset()
 
     def due(self, logits: Tensor) -> bool:
-        """Tell whether to look at a batch, from its logits (n, C)."""
+        """Tell whether to look at a batch, from its logits (n, C) on the CPU, as for `judge`."""
         now = classes_of(logits)
         self.batches += 1
         sinks = self.batches > self.every and now < 0.5 * self.average
@@ -143,7 +143,7 @@ class Collapse:
             "", "half" or "full" as what to restore, and the finding in words.
         """
         sums = [part.float().softmax(1).sum(0).double() for part in (logits, reference)]
-        seen = [torch.tensor(part, device=logits.device) + more for part, more in zip(self.sums, sums, strict=True)]
+        seen = [torch.tensor(part) + more for part, more in zip(self.sums, sums, strict=True)]
         self.flips += (logits.argmax(1) != reference.argmax(1)).sum().item()
         self.images += len(logits)
         if self.images < _ENOUGH:

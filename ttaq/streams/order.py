@@ -106,7 +106,8 @@ def continual(
     Raises:
         ValueError: An argument is not as described, or a domain is missing.
     """
-    domains = name_domains(source, corruptions, severity, seed, table, frost_folder, cache)
+    made = {"table": table, "frost_folder": frost_folder, "cache": cache}
+    domains = name_domains(source, corruptions=corruptions, severity=severity, seed=seed, **made)
     return Stream(domains, follow_one_another("continual", domains, images, seed, shuffle), batch_size)
 
 
@@ -114,13 +115,10 @@ def shuffled(
     source,
     *,
     corruptions=CORRUPTIONS,
-    severity=5,
     images=1000,
     batch_size=200,
     seed=0,
-    table="cifar",
-    frost_folder=None,
-    cache=True,
+    **made,
 ):
     """Let one corruption follow another in an order that the seed draws.
 
@@ -136,7 +134,7 @@ def shuffled(
     Raises:
         ValueError: An argument is not as described, or a domain is missing.
     """
-    domains = name_domains(source, shuffle_names(corruptions, seed), severity, seed, table, frost_folder, cache)
+    domains = name_domains(source, corruptions=shuffle_names(corruptions, seed), seed=seed, **made)
     return Stream(domains, follow_one_another("shuffled", domains, images, seed, shuffle), batch_size)
 
 
@@ -145,14 +143,10 @@ def correlated(
     *,
     concentration=0.1,
     slot=50,
-    corruptions=CORRUPTIONS,
-    severity=5,
     images=1000,
     batch_size=200,
     seed=0,
-    table="cifar",
-    frost_folder=None,
-    cache=True,
+    **made,
 ):
     """Let one corruption follow another, and in each let neighbours in time share their classes.
 
@@ -172,7 +166,7 @@ def correlated(
         ValueError: An argument is not as described, or a domain is missing.
     """
     check_mix("correlated", concentration, slot)
-    domains = name_domains(source, corruptions, severity, seed, table, frost_folder, cache)
+    domains = name_domains(source, seed=seed, **made)
     arrange = partial(correlate, concentration=concentration, slot=slot)
     return Stream(domains, follow_one_another("correlated", domains, images, seed, arrange), batch_size)
 
@@ -181,14 +175,10 @@ def long_tailed(
     source,
     *,
     ratio=50,
-    corruptions=CORRUPTIONS,
-    severity=5,
     images=1000,
     batch_size=200,
     seed=0,
-    table="cifar",
-    frost_folder=None,
-    cache=True,
+    **made,
 ):
     """Let one corruption follow another, with many images of a few classes and few of the others.
 
@@ -210,12 +200,22 @@ def long_tailed(
     """
     if not ratio >= 1:
         raise ValueError(f"long_tailed: ratio must be at least 1, got {ratio}; 10 to 100 is usual")
-    domains = name_domains(source, corruptions, severity, seed, table, frost_folder, cache)
+    domains = name_domains(source, seed=seed, **made)
     arrange = partial(thin_out, ratio=ratio, seed=seed)
     return Stream(domains, follow_one_another("long_tailed", domains, images, seed, arrange), batch_size)
 
 
-def name_domains(source, corruptions, severity, seed, table, frost_folder, cache, severities=None):
+def name_domains(
+    source,
+    *,
+    corruptions=CORRUPTIONS,
+    severity=5,
+    seed=0,
+    table="cifar",
+    frost_folder=None,
+    cache=True,
+    severities=None,
+):
     """Pair the names of a stream's domains with their `Images`, made here of clean images.
 
     `severities` walks through each corruption, one domain of its name for each; None is `severity` alone.

@@ -4,21 +4,17 @@ from functools import partial
 
 from ._segments import check_mix, correlate, follow_one_another, mix, shuffle
 from ._stream import Stream
-from .corruptions import CORRUPTIONS
 from .order import name_domains
 
 
 def gradual(
     source,
     *,
-    corruptions=CORRUPTIONS,
     severity=5,
     images=1000,
     batch_size=200,
     seed=0,
-    table="cifar",
-    frost_folder=None,
-    cache=True,
+    **made,
 ):
     """Let the severity of each corruption rise from 1 and fall back to 1 before the next one comes.
 
@@ -41,21 +37,17 @@ def gradual(
     if severity not in range(1, 6):
         raise ValueError(f"gradual: severity must be 1 to 5, got {severity}; 5 is usual")
     path = [*range(1, severity), *range(severity, 0, -1)]
-    domains = name_domains(source, corruptions, severity, seed, table, frost_folder, cache, path)
+    domains = name_domains(source, seed=seed, severities=path, **made)
     return Stream(domains, follow_one_another("gradual", domains, images, seed, shuffle), batch_size)
 
 
 def mixed(
     source,
     *,
-    corruptions=CORRUPTIONS,
-    severity=5,
     images=1000,
     batch_size=200,
     seed=0,
-    table="cifar",
-    frost_folder=None,
-    cache=True,
+    **made,
 ):
     """Shuffle the images of all corruptions together, so that a batch holds many.
 
@@ -73,7 +65,7 @@ def mixed(
     Raises:
         ValueError: An argument is not as described, or a domain is missing.
     """
-    domains = name_domains(source, corruptions, severity, seed, table, frost_folder, cache)
+    domains = name_domains(source, seed=seed, **made)
     return Stream(domains, mix("mixed", domains, images, seed, shuffle), batch_size)
 
 
@@ -82,14 +74,10 @@ def mixed_correlated(
     *,
     concentration=0.1,
     slot=50,
-    corruptions=CORRUPTIONS,
-    severity=5,
     images=1000,
     batch_size=200,
     seed=0,
-    table="cifar",
-    frost_folder=None,
-    cache=True,
+    **made,
 ):
     """Mix the images of all corruptions, and let neighbours in time share their classes.
 
@@ -108,7 +96,7 @@ def mixed_correlated(
         ValueError: An argument is not as described, or a domain is missing.
     """
     check_mix("mixed_correlated", concentration, slot)
-    domains = name_domains(source, corruptions, severity, seed, table, frost_folder, cache)
+    domains = name_domains(source, seed=seed, **made)
     arrange = partial(correlate, concentration=concentration, slot=slot)
     return Stream(domains, mix("mixed_correlated", domains, images, seed, arrange), batch_size)
 
@@ -119,14 +107,10 @@ def recurring(
     visits=20,
     concentration=0.1,
     slot=50,
-    corruptions=CORRUPTIONS,
-    severity=5,
     images=1000,
     batch_size=200,
     seed=0,
-    table="cifar",
-    frost_folder=None,
-    cache=True,
+    **made,
 ):
     """Walk through the sequence of corruptions again and again.
 
@@ -152,6 +136,6 @@ def recurring(
     if concentration is not None:
         check_mix("recurring", concentration, slot)
         arrange = partial(correlate, concentration=concentration, slot=slot)
-    domains = name_domains(source, corruptions, severity, seed, table, frost_folder, cache)
+    domains = name_domains(source, seed=seed, **made)
     follow = partial(follow_one_another, "recurring", domains, images, seed, arrange)
     return Stream(domains, [part for visit in range(visits) for part in follow(visit)], batch_size, visits)
