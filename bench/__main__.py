@@ -1,4 +1,4 @@
-"""`python -m bench run|step|models|map|compare|report|accuracy|adapters|memory`."""
+"""`python -m bench run|step|models|map|compare|report|accuracy|adapters|endurance|memory`."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import accuracy, adapters, machine, memory, models, rows, step, tables
+from . import accuracy, adapters, endurance, machine, memory, models, rows, step, tables
 from .cases import CASES, cases
 from .map import add_command as add_map
 from .measure import measure
@@ -141,6 +141,7 @@ def _parser():
         command.add_argument("--machine", help="the name of a CSV file, without .csv")
     accuracy.add_command(commands)
     adapters.add_command(commands)
+    endurance.add_command(commands)
     memory.add_command(commands)
     models.add_command(commands)
     add_map(commands, gate)
