@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..packed_layers import PackedConv2d
 from ..quantizers import ActivationQuantizer
-from .features import LINEAR, Moments, channel_axis, input_quantizer, moments_of, pooled, source_moments
+from .features import LINEAR, Moments, channel_axis, input_quantizer, moments_of, source_moments
 from .guard import Guard
 from .method import Forward, Method
 
@@ -27,16 +27,17 @@ class Align(Method):
 
     ``x <- (1 - l) x + l [(x - mu_t) r + mu_s]`` with ``r = min(sigma_s / (sigma_t + eps), ratio)``, per channel, as
     ``x gain + shift`` with ``gain = 1 - l + l r`` and ``shift = l (mu_s - r mu_t)``. mu_s and sigma_s come from the
-    anchor; mu_t and sigma_t are running moments of what the layer is given, up to the batch before. They start at the
-    source, which counts for `prior` images: a batch of b images after n others has the share ``b / (prior + n + b)``,
-    or `momentum`. The variance is that of the mixture, and so counts how far the batches lie from each other.
+    anchor; mu_t and sigma_t are running moments of what the layer is given, the batch itself included with the share
+    ``b / (prior + b)``, b being its images, or `momentum`: what is predicted is aligned with its own domain, and single
+    images with those before them. They start at the source. The variance is that of the mixture, and so counts how far
+    the batches lie from each other.
 
-    Where the layer quantises its input with one calibrated scale, `ops.prologue_fake_quant` aligns, quantises and
-    measures in one pass; the layer then finds the same codes again, bit for bit. Where the scale is measured a token,
-    nothing is quantised, or bfloat16 meets 8 bits, the affine and the measurement run apart, before the layer.
+    Where the layer quantises its input with one calibrated scale, `ops.prologue_fake_quant` aligns and quantises in one
+    pass; the layer then finds the same codes again, bit for bit. Where the scale is measured a token, nothing is
+    quantised, or bfloat16 meets 8 bits, the affine runs apart, before the layer.
     Products of two activations (`QuantMatMul`) stay as they are. Nothing in the model changes: `export` gives it
     without the alignment.
-    Source: QuAR, arXiv:2610.08358.
+    Source: QuAR, arXiv:2610.08358, there of later blocks; docs/adaptation.md says what all layers gain.
 
     Args:
         model: See `Method`, as is `forward`.
@@ -44,10 +45,10 @@ class Align(Method):
         anchor: Batches of source images, some hundred in all, measured once.
         strength: l, from 0 to below 1.
         ratio: Most that a channel is stretched by, before `strength`.
-        momentum: Share of a batch, above 0 and up to 1; None for ``b / (prior + n + b)``.
-        prior: Images that the source counts for; with 0 the first batch replaces it.
-        layers: Name patterns or a predicate ``(name, module) -> bool``; None takes the latter half, in the order of
-            the calls, of the layers that quantise their input, or of the linear and convolutional ones if none does.
+        momentum: Share of a batch, above 0 and up to 1; None for ``b / (prior + b)``.
+        prior: Images that those before a batch count for; with 0 each batch stands for itself.
+        layers: Name patterns or a predicate ``(name, module) -> bool``; None takes all layers that quantise their
+            input, or the linear and convolutional ones if none does.
         eps: Added to sigma_t.
 
     Raises:
@@ -63,7 +64,7 @@ class Align(Method):
         strength: float = 0.5,
         ratio: float = 3.0,
         momentum: float | None = None,
-        prior: float = 16,
+        prior: float = 64,
         layers: Layers = None,
         eps: float = 1e-6,
     ) -> None:
@@ -78,8 +79,9 @@ class Align(Method):
         self.reset()
 
     def predict(self, x: Tensor) -> Tensor:
-        """Return the logits of a batch whose activations are aligned by what was seen before it."""
-        self._seen: dict[str, list[Moments]] = {}
+        """Return the logits of a batch whose activations are aligned by what was seen up to it."""
+        self._now: dict[str, Moments] = {}
+        self._share = self.momentum or len(x) / (self.prior + len(x))
         hooks = [module.register_forward_pre_hook(self._hook(name)) for name, module in self.layers.items()]
         try:
             return super().predict(x)
@@ -88,30 +90,24 @@ class Align(Method):
                 hook.remove()
 
     def update(self, x: Tensor, logits: Tensor, guard: Guard) -> None:
-        """Take the moments that `predict` saw up into the running ones."""
-        seen = {name: pooled(calls) for name, calls in self._seen.items()}
-        guard.check(logits=[logits], moments=[part for found in seen.values() for part in found[:2]])
-        share = self.momentum or len(x) / (self.prior + self.images + len(x))
-        for name, found in seen.items():
-            self.running[name] = self.running[name].to(found.mean.device).mixed(found, share)
-        self.images += len(x)
+        """Keep the moments that `predict` aligned with."""
+        guard.check(logits=[logits], moments=[part for found in self._now.values() for part in found[:2]])
+        self.running |= self._now
 
-    def affine(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return the present (gain, shift) of a layer's input, (C,) each."""
-        source, target = self.source[name], self.running[name]
-        source = source.to(target.mean.device)
+    def affine(self, name: str, target: Moments) -> tuple[Tensor, Tensor]:
+        """Return the (gain, shift), (C,) each, that bring the input of a layer from moments to those of the source."""
+        source = self.source[name].to(target.mean.device)
         stretch = (source.var.sqrt() / (target.var.sqrt() + self.eps)).clamp(max=self.ratio)
         gain = 1 - self.strength + self.strength * stretch
         return gain, self.strength * (source.mean - stretch * target.mean)
 
     def reset(self) -> None:
         """Go back to the moments of the source."""
-        self.running, self.images = dict(self.source), 0
+        self.running = dict(self.source)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of images and copies of the running moments, (mean, variance) by layer."""
-        moments = {name: (found.mean.clone(), found.var.clone()) for name, found in self.running.items()}
-        return {"images": self.images, "moments": moments}
+        """Return copies of the running moments, (mean, variance) by layer."""
+        return {"moments": {name: (found.mean.clone(), found.var.clone()) for name, found in self.running.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the running moments."""
@@ -123,50 +119,39 @@ class Align(Method):
                 "adapt the same model with the same layers first"
             )
         self.running = {name: Moments(mean.clone(), var.clone()) for name, (mean, var) in state["moments"].items()}
-        self.images = state["images"]
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple], tuple | None]:
         def align(module: nn.Module, args: tuple) -> tuple | None:
             if not args:
                 return None
-            gain, shift = (part.to(args[0].device) for part in self.affine(name)) if self.images else (None, None)
-            x, found = aligned(module, args[0], gain, shift)
-            self._seen.setdefault(name, []).append(found)
-            return x, *args[1:]
+            found = moments_of(module, args[0])
+            before = self._now.get(name) or self.running[name].to(found.mean.device)  # of this pass: called again
+            self._now[name] = before.mixed(found, self._share)
+            return aligned(module, args[0], *self.affine(name, self._now[name])), *args[1:]
 
         return align
 
 
-def aligned(module: nn.Module, x: Tensor, gain: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Moments]:
-    """Apply a gain and a shift a channel to the input of a layer, and measure the input.
+def aligned(module: nn.Module, x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+    """Apply a gain and a shift a channel to the input of a layer.
 
     Args:
         module: Tells the axis of the channels, and the quantiser that follows.
         x: The layer's input.
-        gain: (C,), positive; None, as is shift, to measure alone.
+        gain: (C,), positive, float32 or wider.
         shift: (C,).
 
     Returns:
         What the layer is to be given, shape and dtype of `x`, already on the grid of its quantiser where one pass can
-        do both; and the moments of x, float32.
+        do both.
     """
     axis, quantizer = channel_axis(module, x), input_quantizer(module)
     if quantizer is None or not _fuses(quantizer, x.dtype):
-        found = moments_of(module, x)
-        if gain is None:
-            return x, found
         along = [-1 if d == axis else 1 for d in range(x.dim())]
-        wide = x.to(found.mean.dtype) * gain.view(along) + shift.view(along)
-        return wide.to(x.dtype), found
+        return (x.to(gain.dtype) * gain.view(along) + shift.view(along)).to(x.dtype)
     scale, zero = quantizer.grid(x)
     grid = {"qmin": 0, "qmax": quantizer.spec.qmax, "axis": axis}
-    y, _, (total, squares, *_) = ops.prologue_fake_quant(x, scale, zero, gain=gain, shift=shift, observe=True, **grid)
-    count = x.numel() // max(x.shape[axis], 1)
-    mean = total / count
-    var = (squares / count - mean.square()).clamp(min=0)
-    if gain is not None:
-        mean, var = (mean - shift) / gain, var / gain.square()
-    return y, Moments(mean, var, count)
+    return ops.prologue_fake_quant(x, scale, zero, gain=gain, shift=shift, **grid)[0]
 
 
 def _fuses(quantizer: ActivationQuantizer, dtype: torch.dtype) -> bool:
@@ -185,7 +170,7 @@ def _chosen(called: dict[str, nn.Module], layers: Layers) -> list[str]:
     """Choose of the layers, in the order of their calls."""
     names = list(called)
     if layers is None:
-        chosen = names[len(names) // 2 :]
+        chosen = names
     elif callable(layers):
         chosen = [name for name in names if layers(name, called[name])]
     else:
@@ -195,7 +180,7 @@ def _chosen(called: dict[str, nn.Module], layers: Layers) -> list[str]:
         some = ", ".join(names[:3]) or "none"
         raise ValueError(
             f"adapt: layers={layers!r} matches none of the layers that can be aligned (there are {some}, ...); "
-            "name others, or pass layers=None for the latter half"
+            "name others, or pass layers=None for all"
         )
     return chosen
 
@@ -208,4 +193,4 @@ def _check(strength: float, ratio: float, momentum: float | None, prior: float) 
     if momentum is not None and not 0 < momentum <= 1:
         raise ValueError(f"adapt: momentum must lie above 0 and up to 1, got {momentum}; use 0.1 or None")
     if prior < 0:
-        raise ValueError(f"adapt: prior must be a number of images from 0, got {prior}; use 16")
+        raise ValueError(f"adapt: prior must be a number of images from 0, got {prior}; use 64")

@@ -24,7 +24,8 @@ class LAME(FeatureMethod):
     What comes back is ``log z``. Each batch stands for itself, and a batch of one image stays as it is.
 
     It expects streams in which neighbours in time share a class. On a stream that is shuffled (i.i.d.) it pulls images
-    of different classes together and ruins the predictions: use it on correlated streams alone.
+    of different classes together and ruins the predictions. With the guard it therefore corrects only where the classes
+    that the model predicts vary evidently more than by chance (`watch.Correlation`); without, every batch.
     Source: Boudiaf et al., Parameter-free Online Test-time Adaptation, arXiv:2201.05718, section 4.
 
     Args:
@@ -53,8 +54,11 @@ class LAME(FeatureMethod):
         self.k, self.iterations = k, iterations
 
     def predict(self, x: Tensor) -> Tensor:
-        """Return the logarithms of the corrected probabilities."""
+        """Return the logarithms of the corrected probabilities, or the logits where no classes are shared."""
         logits, features = self.look(x)
+        self._own = logits.detach()
+        if not self.correlated:
+            return logits
         log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         nearest = self._nearest(features)
         log_z = log_p
@@ -69,8 +73,12 @@ class LAME(FeatureMethod):
         guard.check(logits=[logits])
 
     def answer(self, logits: Tensor) -> tuple[Tensor, str]:
-        """Return the logits, which `predict` has corrected."""
-        return logits, "log-probabilities adjusted to neighbours in the batch"
+        """Return the logits, which `predict` may have corrected."""
+        return logits, "log-probabilities adjusted to neighbours in the batch" if self.correlated else ""
+
+    def evidence(self, logits: Tensor) -> Tensor:
+        """Return the logits before the correction, which would make classes look shared."""
+        return self._own
 
     def _nearest(self, features: Tensor) -> Tensor:
         """Return the indices of the neighbours of each image, (batch, min(k, batch - 1))."""

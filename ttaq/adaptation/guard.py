@@ -18,6 +18,9 @@ class Adapting(Protocol):
 
     optimizer: Optimizer | None
     forward: Callable[[nn.Module, Tensor], Tensor]
+    correlated: bool
+
+    def evidence(self, logits: Tensor) -> Tensor: ...
 
     def tensors(self) -> dict[str, Tensor]: ...
 
@@ -81,11 +84,15 @@ class Guard:
     def peek(self, images: int) -> None:
         """Make ready for a batch of so many images that is only predicted."""
         if self.watches:
+            self._method.correlated = self.correlation.evident
             self.correlation.peek(images)
 
     def prepare(self, images: int) -> str | None:
         """Make ready for a batch of so many images; return in words what changed for it, or None."""
-        return self.correlation.prepare(images) if self.watches and images else None
+        if not self.watches or not images:
+            return None
+        self._method.correlated = self.correlation.evident
+        return self.correlation.prepare(images)
 
     def observe(self, x: Tensor, logits: Tensor, first: dict[str, Tensor]) -> list[str]:
         """Watch the predictions of a batch, and put parameters back where the model collapses.
@@ -100,7 +107,7 @@ class Guard:
         """
         if not self.watches:
             return []
-        seen = logits.float().cpu()  # once: all that looks at predictions does so on the host
+        seen = self._method.evidence(logits).float().cpu()  # once: all that looks at predictions does so on the host
         self.correlation.observe(seen)
         live = {n: t for n, t in self._method.tensors().items() if t.is_floating_point() and not _is_moment(n)}
         if not live or not self.collapse.due(seen):

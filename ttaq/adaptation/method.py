@@ -27,6 +27,8 @@ class Method:
 
     needs_graph = False
     optimizer: Optimizer | None = None
+    # Whether neighbours in the stream may share their classes; a guard that watches says so before each batch.
+    correlated: bool = True
 
     def __init__(self, model: nn.Module, forward: Forward) -> None:
         self.model = model
@@ -59,6 +61,10 @@ class Method:
         The same and "", unless overridden.
         """
         return logits, ""
+
+    def evidence(self, logits: Tensor) -> Tensor:
+        """Return the logits that a guard judges the stream by, those of `predict` unless overridden."""
+        return logits
 
     def tensors(self) -> dict[str, Tensor]:
         """Name the tensors that adapt, as the model's state_dict does."""

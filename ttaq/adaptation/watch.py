@@ -48,9 +48,14 @@ class Correlation:
         self.window, self.prior, self.momentum, self.few, self.chance = window, prior, momentum, few, chance
         self.reset()
 
+    @property
+    def evident(self) -> bool:
+        """Whether classes vary so much more than by chance that neighbours must share them."""
+        return self.phi > self.chance
+
     def share(self, images: int) -> float | None:
         """Return the share that a batch may have in the statistics, None for all of them."""
-        if images >= self.few and self.phi <= self.chance:
+        if images >= self.few and not self.evident:
             return None
         count = images / max(1.0, self.phi)
         return count / (count + self.prior)
