@@ -22,7 +22,7 @@ from ttaq.streams import Images, load_digits, load_npz
 from ttaq.training import Training, fetch_trained
 
 from . import machine, summary
-from .grid import FLOAT, OLD, STREAMS, Grid, Subject, statistics_of
+from .grid import DESCENDING, FLOAT, OLD, STREAMS, Grid, Subject, statistics_of
 
 FOLDER = machine.ROOT / "bench/results/accuracy"
 AXES = {
@@ -34,7 +34,7 @@ AXES = {
     "streams": list(OLD),
     "seeds": [0, 1, 2],
 }
-KNOWN = {"methods": METHODS, "adapters": AXES["adapters"], "losses": LOSSES, "streams": STREAMS}
+KNOWN = {"methods": METHODS, "adapters": ["source", "norm", *DESCENDING], "losses": LOSSES, "streams": STREAMS}
 
 
 def whole(text):
@@ -113,7 +113,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--steps", type=int, default=500, help="steps a block")
     parser.add_argument("--stream-images", type=int, default=1000, help="images a corruption")
     parser.add_argument("--batch-size", type=int, default=200, help="images a batch of a stream")
-    parser.add_argument("--passes", type=int, default=1, help="walks of Tent through each stream")
+    parser.add_argument("--passes", type=int, default=1, help="walks through each stream of what takes a loss")
     parser.add_argument("--table-of", dest="table_of", default="cifar", help="table of corruptions: cifar or imagenet")
     for name, default in AXES.items():
         parser.add_argument(f"--{name}", type=_list(name), default=default, help=_help(name, default))

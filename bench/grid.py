@@ -32,6 +32,7 @@ OLD = {"iid": "continual", "correlated": "correlated", "longtail": "long-tailed"
 STREAMS = {name: ORDERS[order] for name, order in OLD.items()}
 STREAMS |= {name: make for name, make in ORDERS.items() if name not in OLD.values()}
 FLOAT = "w32a32"
+DESCENDING = ("tent", "eta", "eata", "sar", "deyo")  # adapters that take a loss, and passes
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,8 @@ class Grid:
             self._write(cell, evaluate(_Remembering(model, self._answers), stream), 1, options)
             return
         settings = statistics_of(cell["statistics"]) | ({"loss": cell["loss"]} if cell["loss"] else {})
+        if cell["adapter"] == "eata":
+            settings["anchor"] = [x.to(self.device) for x, _ in self.subject.calibration.batches(200)][:8]
         adapter = ttaq.adapt(model, cell["adapter"], guard="finite", **settings)
         for number in range(1, _passes(cell["adapter"], options) + 1):
             self._write(cell, evaluate(adapter, stream), number, options)
@@ -228,10 +231,10 @@ def _cells(options) -> Iterator[tuple[str, str, str, str]]:
             if adapter == "source":
                 yield adapter, "", "", stream
             else:
-                losses = options.losses if adapter == "tent" else [""]
+                losses = options.losses if adapter in DESCENDING else [""]
                 for statistics, loss in itertools.product(options.statistics, losses):
                     yield adapter, loss, statistics, stream
 
 
 def _passes(adapter, options):
-    return options.passes if adapter == "tent" else 1
+    return options.passes if adapter in DESCENDING else 1

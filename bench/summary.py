@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from .grid import FLOAT, read
+from .grid import DESCENDING, FLOAT, read
 
 CELL = ("bits", "adapter", "loss", "statistics", "stream", "pass")
 
@@ -52,7 +52,7 @@ def passes(rows: list[dict]) -> str:
     """
     last = max(row["pass"] for row in rows)
     walks = [str(number + 1) for number in range(int(last))]
-    head = ["bits", "method", "statistics", "stream", "loss", *walks, "- entropy", "recovered"]
+    head = ["bits", "method", "adapter", "statistics", "stream", "loss", *walks, "- entropy", "recovered"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for (*key, loss), found in (groups := _walks(rows, walks)).items():
         partner = groups.get((*key, "entropy"), {})
@@ -68,10 +68,10 @@ def passes(rows: list[dict]) -> str:
 
 
 def _walks(rows, walks):
-    """Arrange Tent's rows as (bits, method, statistics, stream, loss) -> seed -> the errors of all walks."""
+    """Arrange the rows of what takes a loss as (bits, method, adapter, statistics, stream, loss) -> seed -> errors."""
     found: dict[tuple, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
-    for row in (row for row in rows if row["adapter"] == "tent"):
-        key = tuple(row[name] for name in ("bits", "method", "statistics", "stream", "loss"))
+    for row in (row for row in rows if row["adapter"] in DESCENDING):
+        key = tuple(row[name] for name in ("bits", "method", "adapter", "statistics", "stream", "loss"))
         found[key][row["seed"]][row["pass"]] = float(row["error"])
     whole = {
         key: {seed: [errors[walk] for walk in walks] for seed, errors in seeds.items() if len(errors) == len(walks)}

@@ -247,7 +247,7 @@ def test_statistics_are_read(bench):
     [
         (["--losses", "abel"], "argument --losses: takes entropy, abl, abl-corrected, dot, got abel"),
         (["--methods", "qdrop,x,y"], "argument --methods: takes ttaq, pem, pcr, qdrop, rtn, got x, y"),
-        (["--adapters", "sar"], "argument --adapters: takes source, norm, tent, got sar"),
+        (["--adapters", "lame"], "argument --adapters: takes source, norm, tent, eta, eata, sar, deyo, got lame"),
         (
             ["--streams", "still"],
             "argument --streams: takes iid, correlated, longtail, shuffled, gradual, mixed, "
@@ -277,3 +277,9 @@ def test_the_command_explains_itself(bench, capsys):
         bench("__main__").main(["accuracy", "--help"])
     text = capsys.readouterr().out
     assert all(f"--{name}" in text for name in (*bench("accuracy").AXES, "passes", "shards", "table", "figure"))
+
+
+def test_every_adapter_that_descends_takes_every_loss_and_walks_as_often(walk):
+    rows = walk(*RTN, "--adapters", "eata", "--losses", "entropy,abl", "--passes", "2", "--streams", "iid")
+    found = [(row["loss"], row["pass"]) for row in rows if row["adapter"] == "eata"]
+    assert sorted(found) == [(loss, number) for loss in ("abl", "entropy") for number in ("1", "2")]

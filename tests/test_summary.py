@@ -78,6 +78,6 @@ def test_walks_are_paired_by_seed_and_say_what_is_recovered(bench):
     ]
     rows += [made("ttaq", 2, 9.0), made("ttaq", 0, 50.0, adapter="norm", loss="")]  # one walk of three; no loss
     assert bench("summary").passes(rows).splitlines()[2:] == [
-        "| w2a2 | ttaq | batch | iid | abl | 31.00 | 30.00 | 31.50 | -2.50 ± 0.50 (2) | 62% |",
-        "| w2a2 | ttaq | batch | iid | entropy | 31.00 | 30.00 | 34.00 |  |  |",
+        "| w2a2 | ttaq | tent | batch | iid | abl | 31.00 | 30.00 | 31.50 | -2.50 ± 0.50 (2) | 62% |",
+        "| w2a2 | ttaq | tent | batch | iid | entropy | 31.00 | 30.00 | 34.00 |  |  |",
     ]
