@@ -97,6 +97,7 @@ def child(options: argparse.Namespace) -> int:
     corrupted = Corrupted(subject.test, seed=0, cache=False)
     begun, saved = adapter.steps + adapter.skipped, adapter.images
     with (folder / "journal.jsonl").open("a", encoding="utf-8") as journal:
+        journal.write("\n")  # ends a line that a kill may have cut short
         for number, planned in enumerate(plan(options.stream_images, np.array(subject.test.labels))):
             if number < begun:
                 continue
