@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..batches import Extent
 from .adapter import Adapter
 from .alignment import Align
 from .bank import DomainBank
@@ -20,6 +21,7 @@ from .history import Step, write_history
 from .losses import ABL, DOT, Loss, entropy
 from .method import Forward, Method
 from .norm import Norm, Source
+from .normalisation import Record
 from .parameters import collect_params, configure_model, share_model
 from .selection import EATA, ETA, DeYO
 from .sharpness import SAR
@@ -104,10 +106,11 @@ def adapt(
         method: A name in `METHODS`, the user's own among them, or a `Method` class.
         forward: Called as ``forward(model, x)``, returns logits (batch, classes); None calls ``model(x)``.
         guard: True, "finite" or False: whether NaN and Inf skip the step and restore the last good state, and whether
-            correlated batches and collapse are answered, see `Adapter`.
+            correlated batches and collapse are answered and a wrong normalisation is noticed, see `Adapter`.
         history: How many of the latest steps `adapter.history` remembers.
         telemetry: Batches from one measurement of drift to the next, 0 for none; see `Telemetry`.
-        reference: Batches of calibration images that drift is measured against; None takes the first of the stream.
+        reference: Batches of calibration images that drift is measured against, and the normalisation of the first
+            batch where the model was not calibrated; None takes the first of the stream.
         bank: How many domains to remember, or a `DomainBank`, which several streams may share; 0 for none.
         inplace: Adapt the caller's own model instead of a copy.
         options: Arguments of the method, such as lr, optimizer, parameters, steps, statistics and loss of `Tent`, or
@@ -122,14 +125,26 @@ def adapt(
     name, chosen = _choose(method, options)
     if guard not in (True, False, "finite"):
         raise ValueError(f'adapt: guard must be True, "finite" or False, got {guard!r}; use True')
+    reference = reference if reference is None or isinstance(reference, Tensor) else list(reference)
     with torch.inference_mode(False), torch.no_grad():
         flags = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
         own = model if inplace else share_model(model)
         made = chosen(own.eval().requires_grad_(False), forward or _call, **options)
         drift = Telemetry(own, every=telemetry, reference=reference, forward=forward) if telemetry else None
         domains = DomainBank(bank) if isinstance(bank, int) and bank else bank or None
-        parts = {"telemetry": drift, "bank": domains}
+        parts = {"telemetry": drift, "bank": domains, "inputs": _inputs(model, forward, reference)}
         return Adapter(own, made, name=name, flags=flags, guard=guard, history=history, **parts)
+
+
+def _inputs(model: nn.Module, forward: Forward | None, reference: Iterable[Tensor] | None) -> Record | None:
+    """Return what the images of calibration were, of the model's report or else of the reference."""
+    known = getattr(model, "ttaq_report", {}).get("calibration", {}).get("inputs")
+    if known is None and forward is None and reference is not None:
+        extent = Extent()
+        for x in reference:
+            extent.add(x)
+        known = extent.record()
+    return known
 
 
 def _call(model: nn.Module, x: Tensor) -> Tensor:
