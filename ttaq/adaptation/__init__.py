@@ -17,7 +17,7 @@ from .ensemble import ROID
 from .forward_only import LAME, T3A
 from .gradient import GradientMethod, Tent
 from .guard import Settled, Skip
-from .history import Step, write_history
+from .history import Step, read_history, write_history
 from .losses import ABL, DOT, Loss, entropy
 from .method import Forward, Method
 from .norm import Norm, Source
@@ -62,6 +62,7 @@ __all__ = [
     "collect_params",
     "configure_model",
     "entropy",
+    "read_history",
     "write_history",
 ]
 
