@@ -99,9 +99,8 @@ def _draw_layers(figure, axes, measured, theme):
     half = middles[0] - measured[0][0] if middles else 0.5
     edges = [measured[0][0] - half, *middles, measured[-1][0] + half]
     most = max((value for row in rows for value in row if value == value), default=0.0)
-    colours = LinearSegmentedColormap.from_list("drift", [theme["paper"], "#2f80d0", "#ea7a34"]).with_extremes(
-        bad=theme["grid"]
-    )
+    stops = [theme["paper"], "#2f80d0", "#ea7a34"]
+    colours = LinearSegmentedColormap.from_list("drift", stops).with_extremes(bad=theme["grid"])
     _dress(axes, theme, "values that use other codes than the reference, by layer")
     axes.grid(visible=False)
     if rows:
