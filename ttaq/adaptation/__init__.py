@@ -62,6 +62,7 @@ __all__ = [
     "collect_params",
     "configure_model",
     "entropy",
+    "options_of",
     "read_history",
     "write_history",
 ]
@@ -156,18 +157,18 @@ def _choose(method: str | type[Method], options: dict[str, Any]) -> tuple[str, t
     if isinstance(method, str) and method not in METHODS:
         raise ValueError(f"adapt: method must be one of {', '.join(METHODS)}, got {method!r}; add yours to METHODS")
     name, chosen = (method, METHODS[method]) if isinstance(method, str) else (method.__name__, method)
-    known = _options(chosen)
+    known = options_of(chosen)
     if unknown := sorted(options.keys() - set(known)):
         takes = ", ".join(known) or "no options"
         raise ValueError(f"adapt: {name} does not know {', '.join(unknown)}; it takes {takes}")
     return name, chosen
 
 
-def _options(method: type[Method]) -> list[str]:
-    """List the options of a method; where it hands others on, its parent's follow its own."""
+def options_of(method: type[Method]) -> list[str]:
+    """List the options that `adapt` hands to a method; where it hands others on, its parent's follow its own."""
     found = list(inspect.signature(method).parameters.values())[2:]
     names = [option.name for option in found if option.kind is not option.VAR_KEYWORD]
     if len(names) < len(found):
         holder = next(one for one in method.__mro__ if "__init__" in vars(one))
-        names += [name for name in _options(holder.__mro__[1]) if name not in names]
+        names += [name for name in options_of(holder.__mro__[1]) if name not in names]
     return names

@@ -42,6 +42,11 @@ class Method:
         self.model = model
         self.forward = forward
 
+    @classmethod
+    def needs_anchor(cls, model: nn.Module) -> bool:
+        """Tell whether the method cannot be made on a model without source images, ``anchor=``."""
+        return False
+
     def predict(self, x: Tensor) -> Tensor:
         """Return the logits of a batch, leaving every tensor that adapts as it is."""
         return self.forward(self.model, x)

@@ -83,6 +83,11 @@ class ZerothOrder(Method):
         self._generator = torch.Generator()
         self.reset()
 
+    @classmethod
+    def needs_anchor(cls, model: nn.Module) -> bool:
+        """Tell whether there is no BatchNorm, whose statistics could stand for the source."""
+        return not batch_norms(model)
+
     def predict(self, x: Tensor) -> Tensor:
         """Return the logits, and keep what the update needs of this pass."""
         follow = () if self.steps else (*self._owners.values(), *self._quantised)
