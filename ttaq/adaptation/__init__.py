@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -127,7 +127,7 @@ def adapt(
     name, chosen = _choose(method, options)
     if guard not in (True, False, "finite"):
         raise ValueError(f'adapt: guard must be True, "finite" or False, got {guard!r}; use True')
-    reference = reference if reference is None or isinstance(reference, Tensor) else list(reference)
+    reference = list(reference) if isinstance(reference, Iterator) else reference  # it may be read twice
     with torch.inference_mode(False), torch.no_grad():
         flags = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
         own = model if inplace else share_model(model)
