@@ -18,7 +18,9 @@ def test_every_range_is_set_and_nothing_else_changes():
     report = calibrate(model, [input_of("vit")])
     after = snapshot(model)
     assert report is model.ttaq_report
+    inputs = report["calibration"].pop("inputs")
     assert report["calibration"] == {"images": 8, "unseen": []}
+    assert list(inputs) == ["low", "high", "mean", "std", "clipped"]
     for key in ("modes", "flags", "kinds", "hooks"):
         assert after[key] == before[key]
     changed = {n for n, t in before["tensors"].items() if not torch.equal(after["tensors"][n], t)}

@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 
 import ttaq
 from ttaq import cli
+from ttaq.adaptation import METHODS
 from ttaq.checkpoint import read_header
-from ttaq.models import ResNet
+from ttaq.models import ResNet, ViT
 from ttaq.report import KEYS
 from ttaq.sources import make_stream
 from ttaq.streams import CORRUPTIONS, STREAMS
@@ -30,6 +31,11 @@ runner = CliRunner()
 def tiny():
     """Build the network that these tests name as "test_cli:tiny"."""
     return ResNet(depth=8, classes=3, width=4)
+
+
+def tiny_vit():
+    """Build a network without BatchNorm."""
+    return ViT(size=32, patch=16, width=16, depth=1, heads=2, classes=3)
 
 
 class Bare(nn.Module):
@@ -121,6 +127,55 @@ def test_evaluate_takes_every_order_and_writes_csv(folder, tmp_path):
     assert {row["domain"]: float(row["error"]) for row in rows} == {k: round(v, 3) for k, v in wanted.errors.items()}
     note = f"• tent: calibration error {wanted.ece:.1f} %, 1.00 forward and 1.00 backward passes an image"
     assert note in " ".join(result.stdout.split())
+
+
+ANCHORED = ("eata", "zeroth-order", "align")
+
+
+@pytest.mark.parametrize("adapter", METHODS)
+def test_evaluate_serves_every_method(folder, tmp_path, adapter):
+    args = ["--model", "test_cli:tiny", "--data", folder / "clean.npz", "--stream", "fog", "--images", 12]
+    args += ["--batch-size", 6, "--adapter", adapter, "--json", tmp_path / "out.json", "--seed", 3]
+    anchor = ["--anchor", folder / "clean.npz"] if adapter in ANCHORED else []
+    result = invoke("evaluate", folder / "model.safetensors", *args, *anchor)
+    assert result.exit_code == 0, result.output
+    written = json.loads((tmp_path / "out.json").read_text())
+    images = ttaq.streams.load_npz(folder / "clean.npz", mean=(0.5, 0.5, 0.4))
+    order = np.random.default_rng(3).permutation(24)
+    options = {"anchor": [x for x, _ in images.take(order).batches(64)]} if anchor else {}
+    model = ttaq.load(folder / "model.safetensors", tiny())
+    stream = ttaq.continual(images, corruptions=("fog",), images=12, batch_size=6, seed=3)
+    wanted = ttaq.evaluate(ttaq.adapt(model, adapter, **options), stream)
+    assert written["errors"][0] == {"fog": round(wanted.errors["fog"], 3)}
+    assert written["settings"].get("anchor") == (str(folder / "clean.npz") if anchor else None)
+
+
+def test_an_anchor_is_asked_for_where_it_is_needed_and_nowhere_else(folder, tmp_path):
+    path, ask = folder / "model.safetensors", ["--data", folder / "clean.npz", "--model", "test_cli:tiny"]
+    ask += ["--stream", "fog", "--images", 4, "--adapter"]
+    for adapter in ("eata", "align"):
+        sentence = refused("evaluate", path, *ask, adapter)
+        assert f"{adapter} needs clean images of the source for this model; pass --anchor PATH" in sentence
+    assert invoke("evaluate", path, *ask, "zeroth-order").exit_code == 0
+    sentence = refused("evaluate", path, *ask, "tent", "--anchor", folder / "clean.npz")
+    assert "tent takes no anchor; leave out --anchor, which serves eata, zeroth-order, align" in sentence
+    assert "no folder or .npz file nowhere" in refused("evaluate", path, *ask, "eata", "--anchor", "nowhere")
+    write_cifar_c(tmp_path, count=6)
+    assert "holds corrupted images; give clean ones" in refused("evaluate", path, *ask, "eata", "--anchor", tmp_path)
+    out = tmp_path / "vit.safetensors"
+    made = ["--data", folder / "clean.npz", "--out", out, "--method", "rtn"]
+    assert invoke("quantize", "test_cli:tiny_vit", *made).exit_code == 0
+    ask[3] = "test_cli:tiny_vit"
+    assert "zeroth-order needs clean images" in refused("evaluate", out, *ask, "zeroth-order")
+    write_images(tmp_path / "other", ("owl",), 3, (40, 40))  # of any classes: their labels are not looked at
+    for anchor in (folder / "clean.npz", tmp_path / "other"):
+        assert invoke("evaluate", out, *ask, "zeroth-order", "--anchor", anchor).exit_code == 0
+
+
+def test_the_help_names_every_method_and_who_takes_an_anchor():
+    text = " ".join(invoke("evaluate", "--help").stdout.replace("│", " ").split())
+    assert ", ".join(METHODS) in text
+    assert ", ".join(ANCHORED) in text
 
 
 @pytest.mark.parametrize("name", STREAMS)

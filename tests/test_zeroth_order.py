@@ -29,7 +29,7 @@ def features_and_logits(model, x):
     return found[0], logits
 
 
-def by_hand(model, batches, steps, lr, share, weight):
+def by_hand(model, batches, steps, lr, share, weight, full_batch):
     """Take one-sided SPSA steps in place on every LayerNorm of a network, and yield logits and loss before each."""
     source = torch.cat([features_and_logits(model, x)[0] for x in ANCHOR])
     mu_s, sigma_s = source.mean(0), source.std(0, correction=0)
@@ -54,8 +54,9 @@ def by_hand(model, batches, steps, lr, share, weight):
         for name in order:
             thetas[name].copy_(start[name] + c[name] * u[name])
         rise = objective(x)[1] - loss
+        rate = lr * min(1, len(x) / full_batch) if full_batch else lr
         for name in order:
-            thetas[name].copy_(start[name] - lr * rise * c[name] * u[name] / mean_square)
+            thetas[name].copy_(start[name] - rate * rise * c[name] * u[name] / mean_square)
         yield logits, loss
 
 
@@ -73,17 +74,32 @@ def expected_steps(model):
     return steps
 
 
+@pytest.mark.parametrize("full_batch", [0, 6, 64])
 @pytest.mark.parametrize("form", FORMS)
-def test_follows_its_formula(form):
+def test_follows_its_formula(form, full_batch):
     model = FORMS[form]().requires_grad_(False)
-    adapter = adapt(model, "zeroth-order", anchor=ANCHOR, lr=2e-3, perturbation=0.3, alignment=0.7)
+    options = {"lr": 2e-3, "perturbation": 0.3, "alignment": 0.7, "full_batch": full_batch}
+    adapter = adapt(model, "zeroth-order", anchor=ANCHOR, **options)
     batches = [shifted(n, i) for i, n in enumerate([8, 8, 1, 5, 8])]
     steps = expected_steps(model)
     with torch.no_grad():
-        for x, (logits, loss) in zip(batches, by_hand(model, batches, steps, 2e-3, 0.3, 0.7), strict=True):
+        for x, (logits, loss) in zip(batches, by_hand(model, batches, steps, 2e-3, 0.3, 0.7, full_batch), strict=True):
             torch.testing.assert_close(adapter(x), logits, rtol=1e-5, atol=1e-5)
             assert adapter.history[-1].loss == pytest.approx(loss.item(), rel=1e-4)
     assert adapter.method.steps == pytest.approx(steps, rel=1e-4)
+
+
+def test_the_rate_falls_in_proportion_below_a_full_batch():
+    """A batch that repeats its images says the same, at twice the rate for twice as many until it is full."""
+    moved = {}
+    for given, options in ((8, {}), (32, {}), (64, {}), (128, {}), (8, {"full_batch": 0}), (8, {"full_batch": 8})):
+        adapter = adapt(vit(), "zeroth-order", anchor=ANCHOR, **options)
+        before = adapter.model.norm.bias.clone()
+        adapter(shifted(8, 0).repeat(given // 8, 1, 1, 1))
+        moved[given, *options.values()] = (adapter.model.norm.bias - before).norm().item()
+    full = moved[64,]
+    for key, share in (((8,), 1 / 8), ((32,), 1 / 2), ((128,), 1), ((8, 0), 1), ((8, 8), 1)):
+        assert moved[key] == pytest.approx(share * full, rel=0.02)
 
 
 def test_two_forward_passes_a_batch_and_none_with_a_graph():
@@ -145,7 +161,8 @@ def test_the_objective_falls_on_a_shifted_stream(form, build):
             return adapter.method.objective(adapter.method.predict(apart)).item()
 
     for seed in range(5):
-        adapter = adapt(model, "zeroth-order", anchor=ANCHOR if build == "vit" else None, lr=1e-2, seed=seed)
+        options = {"anchor": ANCHOR if build == "vit" else None, "lr": 1e-2, "full_batch": 0, "seed": seed}
+        adapter = adapt(model, "zeroth-order", **options)
         before = loss(adapter)
         for batch in range(30):
             adapter(shifted(32, batch))

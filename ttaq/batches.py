@@ -131,3 +131,45 @@ def _to(entry, device):
     if isinstance(entry, dict):
         return {k: v.to(device) for k, v in entry.items()}
     return entry.to(device)
+
+
+class Extent:
+    """Gather what a model is given: of each channel the extremes, the moments and how many values are clipped."""
+
+    def __init__(self) -> None:
+        self._rows: list[Tensor] = []
+        self._values = 0
+
+    def add(self, x: Any) -> None:
+        """Look at images (N, C, H, W) of floats, and pass over anything else; nothing is transferred to the host."""
+        if not isinstance(x, Tensor) or not has_images(x) or not x.numel():
+            return
+        flat = x.detach().movedim(1, 0).flatten(1)
+        low, high = torch.aminmax(flat, dim=1)
+        ends = [low, high, (flat == low[:, None]).sum(1), (flat == high[:, None]).sum(1)]
+        moments = [power.sum(1, dtype=torch.float64) for power in (flat, flat.float().square())]
+        self._rows.append(torch.stack([row.double() for row in (*ends, *moments)]))
+        self._values += flat.shape[1]
+
+    def watch(self, model: nn.Module) -> Any:
+        """Look at the first argument of every call of a model, until the handle that this returns is removed."""
+
+        def look(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            for first in (*args, *kwargs.values())[:1]:
+                self.add(first)
+
+        return model.register_forward_pre_hook(look, with_kwargs=True)
+
+    def record(self) -> dict[str, list[float]] | None:
+        """Return "low", "high", "mean", "std" and "clipped" of each channel, to six digits; None without images.
+
+        "clipped" is the share of the values that equal the lowest or the highest, whichever is the smaller.
+        """
+        if not self._rows or len({row.shape for row in self._rows}) > 1:
+            return None
+        lows, highs, at_low, at_high, sums, squares = torch.stack(self._rows, 1).cpu()
+        low, high, mean = lows.amin(0), highs.amax(0), sums.sum(0) / self._values
+        clipped = torch.minimum((at_low * (lows == low)).sum(0), (at_high * (highs == high)).sum(0)) / self._values
+        std = (squares.sum(0) / self._values - mean.square()).clamp(min=0).sqrt()
+        found = {"low": low, "high": high, "mean": mean, "std": std, "clipped": clipped}
+        return {key: [float(f"{value:.6g}") for value in row.tolist()] for key, row in found.items()}

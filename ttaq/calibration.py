@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from .batches import Forward, call, collect, count
+from .batches import Extent, Forward, call, collect, count
 from .files import fingerprint
 from .layers import QuantConv2d, QuantLinear
 from .quantizers import ActivationQuantizer, Quantizer, disabled
@@ -22,8 +22,9 @@ def calibrate(model: nn.Module, batches: Iterable, *, forward: Forward | None = 
         seed: Of the values that are sampled from each activation.
 
     Returns:
-        `model.ttaq_report`, with the number of images under "calibration", and "unseen", the layers that no image
-        reached: they have no ranges, and `reconstruct` and `pack` refuse them by name.
+        `model.ttaq_report`, with the number of images under "calibration", "unseen", the layers that no image
+        reached: they have no ranges, and `reconstruct` and `pack` refuse them by name; and where the model takes
+        images (N, C, H, W), "inputs": what they are in each channel (`batches.Extent`), for `adapt` to compare.
 
     Raises:
         ValueError: Nothing to calibrate, no images, NaN in them, or NaN in an activation, named.
@@ -36,7 +37,8 @@ def calibrate(model: nn.Module, batches: Iterable, *, forward: Forward | None = 
     for name, layer in layers.items():
         if not torch.isfinite(layer.weight).all():
             raise ValueError(f"calibrate: the weight of {name} holds NaN or infinite values; load sound weights first")
-    samples, reached = _observe(model, inputs, quantizers, forward, seed)
+    given = Extent()
+    samples, reached = _observe(model, inputs, quantizers, forward, seed, given)
     for layer in layers.values():
         if layer.weight_quantizer in reached:
             layer.weight_quantizer.fit(layer.weight)
@@ -46,12 +48,17 @@ def calibrate(model: nn.Module, batches: Iterable, *, forward: Forward | None = 
     report = model.ttaq_report = getattr(model, "ttaq_report", {})
     report.setdefault("fingerprint", fingerprint(model))
     report["calibration"] = {"images": sum(count(entry) for entry in inputs), "unseen": unseen}
+    if record := given.record():
+        report["calibration"]["inputs"] = record
     return report
 
 
 @torch.no_grad()
-def _observe(model, inputs, quantizers, forward, seed):
-    """Run the float model; gather a sample of the values that reach each activation, and all quantisers reached."""
+def _observe(model, inputs, quantizers, forward, seed, given):
+    """Run the float model; gather a sample of the values that reach each activation, and all quantisers reached.
+
+    `given` looks at what the model is given.
+    """
     generator = torch.Generator().manual_seed(seed)
     samples, reached = {}, set()
 
@@ -64,6 +71,7 @@ def _observe(model, inputs, quantizers, forward, seed):
         return hook
 
     hooks = [quantizer.register_forward_pre_hook(watch(name)) for name, quantizer in quantizers.items()]
+    hooks.append(given.watch(model))
     try:
         with disabled(model), evaluating(model):
             for entry in inputs:

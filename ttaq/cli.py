@@ -10,13 +10,14 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from . import __version__
+from .adaptation import METHODS
 from .demo import Settings, make_bars, run_demo
 from .doctor import print_report
 from .files import write_atomically
 from .pipeline import decisions
 from .report import Results, find, render, tabulate
 from .streams import STREAMS
-from .workbench import evaluate_file, quantize_reference
+from .workbench import ANCHORED, evaluate_file, quantize_reference
 
 
 class _Sentences(TyperGroup):
@@ -136,7 +137,7 @@ def quantize(
 def evaluate(
     file: Annotated[Path, typer.Argument(help="A checkpoint that `ttaq quantize` wrote.")],
     data: Data,
-    adapter: Annotated[str, typer.Option(help="source, norm, tent, eta, sar or deyo.")] = "source",
+    adapter: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")] = "source",
     stream: Annotated[
         str,
         typer.Option(
@@ -146,7 +147,13 @@ def evaluate(
     severity: Annotated[int, typer.Option(min=1, max=5)] = 5,
     images: Annotated[int | None, typer.Option(min=1, help="A domain; default: 1,000 or all there are.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images that adapt at once.")] = 64,
-    lr: Annotated[float | None, typer.Option(help="Of what descends a gradient; default: its own.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Of what learns with one; default: its own.")] = None,
+    anchor: Annotated[
+        Path | None,
+        typer.Option(
+            help=f"Clean images, class folders or an .npz file, a few hundred of which {ANCHORED} take for the source."
+        ),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="What builds the architecture, if not what the file says.")] = None,
     classes: Classes = None,
     seed: Seed = 0,
@@ -165,7 +172,7 @@ def evaluate(
     with bars:
         results = evaluate_file(
             file, data, adapter=adapter, stream=stream, severity=severity, images=images, batch_size=batch_size,
-            lr=lr, reference=model, classes=_names(classes), seed=seed, device=device, track=track,
+            lr=lr, anchor=anchor, reference=model, classes=_names(classes), seed=seed, device=device, track=track,
         )  # fmt: skip
     console = Console(highlight=False)
     for name, error in results.errors[0].items():

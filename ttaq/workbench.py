@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .adaptation import adapt
+from .adaptation import METHODS, adapt, options_of
 from .checkpoint import load, read_header, save
 from .doctor import describe_machine
 from .evaluation import Result, evaluate
@@ -19,6 +19,8 @@ from .spec import Recipe
 from .streams import Images
 from .zoo import build_model
 
+ANCHORED = ", ".join(name for name, method in METHODS.items() if "anchor" in options_of(method))
+_ANCHOR = 512  # images that stand for the source
 _KNOWN = ("timm:", "torchvision:", "ttaq.")  # what a checkpoint may name: building it runs no code but these packages'
 
 
@@ -100,6 +102,7 @@ def evaluate_file(
     images: int | None = None,
     batch_size: int = 64,
     lr: float | None = None,
+    anchor: str | Path | None = None,
     reference: str | None = None,
     classes: list[str] | None = None,
     seed: int = 0,
@@ -111,13 +114,15 @@ def evaluate_file(
     Args:
         path: The checkpoint.
         data: Class folders, an .npz file, or the published CIFAR-C or ImageNet-C.
-        adapter: A method that needs no data of its own: "source", "norm", "tent", "eta", "sar" or "deyo".
+        adapter: A name in `adaptation.METHODS`.
         stream: "clean", "corruptions" (all there are), a name in `streams.STREAMS`, or names of corruptions with
             commas between.
         severity: 1 to 5.
         images: A domain; None for 1,000, or all there are if fewer.
         batch_size: Images that the adapter sees at once.
-        lr: Of an adapter that descends a gradient; None for its own.
+        lr: Of an adapter that has one; None for its own.
+        anchor: Clean images of the source for an adapter that takes an anchor, class folders or an .npz file, of which
+            the seed draws 512, or all there are if fewer; None where there are none.
         reference: Builds the architecture, in place of what the checkpoint names.
         classes: Class folders in the order of the logits, in place of the checkpoint's.
         seed: Of the choice and order of images and of the corruptions.
@@ -128,7 +133,7 @@ def evaluate_file(
         Results of one row.
 
     Raises:
-        ValueError: The checkpoint or the images do not serve.
+        ValueError: The checkpoint or the images do not serve, or the adapter needs an anchor.
     """
     check_device(device)
     header = read_header(path)
@@ -143,7 +148,8 @@ def evaluate_file(
     batches = make_stream(source, data, stream, severity=severity, images=images, batch_size=batch_size, seed=seed)
     first = next(iter(batches))
     check_outputs(model, first.images[:1].to(device), batches.domains[0][1], data, named=classes is not None)
-    adapted = adapt(model, adapter, **({} if lr is None else {"lr": lr}))
+    held = _anchor(adapter, model, anchor, chosen | {"size": first.images.shape[-1]}, seed, device)
+    adapted = adapt(model, adapter, **({} if lr is None else {"lr": lr}), **held)
     total = sum(len(index) for _, index in batches.order)
     result = evaluate(
         adapted,
@@ -155,6 +161,7 @@ def evaluate_file(
         "data": str(data), "stream": stream, "severity": severity, "images": max(result.images.values()),
         "batch_size": batch_size, "seed": seed, "device": device,
     }  # fmt: skip
+    settings |= {} if anchor is None else {"anchor": str(anchor)}
     results = Results(f"{Path(path).name} on {Path(data).name}", settings, describe_machine())
     results.notes.append(_describe(adapter, result))
     results.add(
@@ -168,6 +175,25 @@ def evaluate_file(
         bytes=Path(path).stat().st_size,
     )
     return results
+
+
+def _anchor(adapter: str, model: nn.Module, path, preprocessing: dict, seed: int, device: str) -> dict:
+    """Return the anchor as an option of an adapter, none where none is given; refuse one too many or too few."""
+    method = METHODS.get(adapter)
+    if path is None:
+        if method and method.needs_anchor(model):
+            raise ValueError(
+                f"evaluate: {adapter} needs clean images of the source for this model; pass --anchor PATH, class "
+                "folders or an .npz file"
+            )
+        return {}
+    if method and "anchor" not in options_of(method):
+        raise ValueError(f"evaluate: {adapter} takes no anchor; leave out --anchor, which serves {ANCHORED}")
+    source = open_data(path, preprocessing)
+    if not isinstance(source, Images):
+        raise ValueError(f"evaluate: {path} holds corrupted images; give clean ones, class folders or an .npz file")
+    picked = source.take(np.random.default_rng(seed).permutation(len(source))[:_ANCHOR])
+    return {"anchor": [x.to(device) for x, _ in picked.batches(64)]}
 
 
 def _describe(adapter: str, result: Result) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..batches import Extent
 from .adapter import Adapter
 from .alignment import Align
 from .bank import DomainBank
@@ -16,10 +17,11 @@ from .ensemble import ROID
 from .forward_only import LAME, T3A
 from .gradient import GradientMethod, Tent
 from .guard import Settled, Skip
-from .history import Step, write_history
+from .history import Step, read_history, write_history
 from .losses import ABL, DOT, Loss, entropy
 from .method import Forward, Method
 from .norm import Norm, Source
+from .normalisation import Record
 from .parameters import collect_params, configure_model, share_model
 from .selection import EATA, ETA, DeYO
 from .sharpness import SAR
@@ -60,6 +62,8 @@ __all__ = [
     "collect_params",
     "configure_model",
     "entropy",
+    "options_of",
+    "read_history",
     "write_history",
 ]
 
@@ -104,10 +108,11 @@ def adapt(
         method: A name in `METHODS`, the user's own among them, or a `Method` class.
         forward: Called as ``forward(model, x)``, returns logits (batch, classes); None calls ``model(x)``.
         guard: True, "finite" or False: whether NaN and Inf skip the step and restore the last good state, and whether
-            correlated batches and collapse are answered, see `Adapter`.
+            correlated batches and collapse are answered and a wrong normalisation is noticed, see `Adapter`.
         history: How many of the latest steps `adapter.history` remembers.
         telemetry: Batches from one measurement of drift to the next, 0 for none; see `Telemetry`.
-        reference: Batches of calibration images that drift is measured against; None takes the first of the stream.
+        reference: Batches of calibration images that drift is measured against, and the normalisation of the first
+            batch where the model was not calibrated; None takes the first of the stream.
         bank: How many domains to remember, or a `DomainBank`, which several streams may share; 0 for none.
         inplace: Adapt the caller's own model instead of a copy.
         options: Arguments of the method, such as lr, optimizer, parameters, steps, statistics and loss of `Tent`, or
@@ -122,14 +127,26 @@ def adapt(
     name, chosen = _choose(method, options)
     if guard not in (True, False, "finite"):
         raise ValueError(f'adapt: guard must be True, "finite" or False, got {guard!r}; use True')
+    reference = list(reference) if isinstance(reference, Iterator) else reference  # it may be read twice
     with torch.inference_mode(False), torch.no_grad():
         flags = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
         own = model if inplace else share_model(model)
         made = chosen(own.eval().requires_grad_(False), forward or _call, **options)
         drift = Telemetry(own, every=telemetry, reference=reference, forward=forward) if telemetry else None
         domains = DomainBank(bank) if isinstance(bank, int) and bank else bank or None
-        parts = {"telemetry": drift, "bank": domains}
+        parts = {"telemetry": drift, "bank": domains, "inputs": _inputs(model, forward, reference)}
         return Adapter(own, made, name=name, flags=flags, guard=guard, history=history, **parts)
+
+
+def _inputs(model: nn.Module, forward: Forward | None, reference: Iterable[Tensor] | None) -> Record | None:
+    """Return what the images of calibration were, of the model's report or else of the reference."""
+    known = getattr(model, "ttaq_report", {}).get("calibration", {}).get("inputs")
+    if known is None and forward is None and reference is not None:
+        extent = Extent()
+        for x in reference:
+            extent.add(x)
+        known = extent.record()
+    return known
 
 
 def _call(model: nn.Module, x: Tensor) -> Tensor:
@@ -140,18 +157,18 @@ def _choose(method: str | type[Method], options: dict[str, Any]) -> tuple[str, t
     if isinstance(method, str) and method not in METHODS:
         raise ValueError(f"adapt: method must be one of {', '.join(METHODS)}, got {method!r}; add yours to METHODS")
     name, chosen = (method, METHODS[method]) if isinstance(method, str) else (method.__name__, method)
-    known = _options(chosen)
+    known = options_of(chosen)
     if unknown := sorted(options.keys() - set(known)):
         takes = ", ".join(known) or "no options"
         raise ValueError(f"adapt: {name} does not know {', '.join(unknown)}; it takes {takes}")
     return name, chosen
 
 
-def _options(method: type[Method]) -> list[str]:
-    """List the options of a method; where it hands others on, its parent's follow its own."""
+def options_of(method: type[Method]) -> list[str]:
+    """List the options that `adapt` hands to a method; where it hands others on, its parent's follow its own."""
     found = list(inspect.signature(method).parameters.values())[2:]
     names = [option.name for option in found if option.kind is not option.VAR_KEYWORD]
     if len(names) < len(found):
         holder = next(one for one in method.__mro__ if "__init__" in vars(one))
-        names += [name for name in _options(holder.__mro__[1]) if name not in names]
+        names += [name for name in options_of(holder.__mro__[1]) if name not in names]
     return names

@@ -20,6 +20,7 @@ from .guard import Guard, Settled, Skip, finite
 from .history import Step
 from .losses import entropy
 from .method import Method
+from .normalisation import Record
 from .state import FORMAT, check_state, read_state, write_state
 from .statistics import restore_statistics
 from .telemetry import Telemetry
@@ -43,6 +44,7 @@ class Adapter(nn.Module):
         history: How many `Step`s are remembered, the latest; they outlive `reset`.
         telemetry: What measures drift, made on `model`.
         bank: What keeps the tensors of domains that were met.
+        inputs: What calibration found the images to be, which the guard compares with those of the first batch.
     """
 
     def __init__(
@@ -56,12 +58,13 @@ class Adapter(nn.Module):
         history: int = 1000,
         telemetry: Telemetry | None = None,
         bank: DomainBank | None = None,
+        inputs: Record | None = None,
     ) -> None:
         super().__init__()
         self.model, self.method, self.name = model, method, name
         self.history: deque[Step] = deque(maxlen=history)
         self.images = self.steps = self.skipped = 0
-        self.guard = Guard(model, method, bool(guard), guard != "finite")
+        self.guard = Guard(model, method, bool(guard), guard != "finite", inputs)
         self.telemetry, self.bank = telemetry, bank
         self._flags = flags
         self._frozen = False
@@ -178,7 +181,7 @@ class Adapter(nn.Module):
             x = self._receive(x)
             events = [self._turn(x), self.guard.prepare(len(x))]
             self.guard.begin()
-            with nullcontext() if self.telemetry is None else self.telemetry.looking():
+            with self.guard.looking(), nullcontext() if self.telemetry is None else self.telemetry.looking():
                 logits, returned, whole = self._answer(x)
             sound = whole
             if not whole:
@@ -195,6 +198,7 @@ class Adapter(nn.Module):
                     reason = str(interruption)
         logits = logits.detach()
         with _plain(grad=False):
+            events += self.guard.compare() if whole else []
             given, how = self.method.answer(logits)
             if sound:
                 events += self.guard.observe(x, logits, self._first)

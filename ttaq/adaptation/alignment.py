@@ -78,6 +78,11 @@ class Align(Method):
         self.source = {name: found[module] for name, module in self.layers.items()}
         self.reset()
 
+    @classmethod
+    def needs_anchor(cls, model: nn.Module) -> bool:
+        """Tell that it does, on every model."""
+        return True
+
     def predict(self, x: Tensor) -> Tensor:
         """Return the logits of a batch whose activations are aligned by what was seen up to it."""
         self._now: dict[str, Moments] = {}

@@ -12,7 +12,7 @@ from torch.optim import Adam, Optimizer
 from ..quantizers import clamp_scales
 from .guard import Guard, Settled
 from .losses import Loss, choose_loss
-from .method import Forward, Method
+from .method import Forward, Method, rate_share
 from .parameters import Parameters, scales, select
 from .statistics import adapt_statistics, commit, discard, pending, running
 
@@ -146,7 +146,7 @@ class GradientMethod(Method):
     def _descend(self, images: int, guard: Guard) -> None:
         """Let the optimizer step along the gradients, at the rate of so many images."""
         parameters = list(self.parameters.values())
-        share = min(1.0, images / self.full_batch) if self.full_batch else 1.0
+        share = rate_share(images, self.full_batch)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * share
         self.optimizer.step()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .normalisation import Normalisation, Record
 from .statistics import AdaptiveBatchNorm, discard
 from .watch import Collapse, Correlation
 
@@ -43,16 +45,21 @@ class Guard:
         model: The network whose `nonfinite` counters are read.
         method: What adapts: its `tensors()` and its `optimizer` are copied.
         active: False checks nothing and restores nothing.
-        watches: Whether predictions are watched, too.
+        watches: Whether predictions are watched, too, and the normalisation of the first batch is.
+        inputs: What calibration found the model's images to be, see `Normalisation`.
     """
 
-    def __init__(self, model: nn.Module, method: Adapting, active: bool = True, watches: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, method: Adapting, active: bool = True, watches: bool = True,
+        inputs: Record | None = None,
+    ) -> None:  # fmt: skip
         self.active, self.watches = active, active and watches
         self._model, self._method = model, method
         self._counting = [m for m in model.modules() if isinstance(getattr(m, "nonfinite", None), Tensor)]
         self._snapshot = Snapshot(method)
         self.correlation = Correlation(m for m in model.modules() if isinstance(m, AdaptiveBatchNorm))
         self.collapse = Collapse()
+        self.normalisation = Normalisation(model, inputs)
 
     def check(self, **groups: Iterable[Tensor | None]) -> None:
         """Raise `Skip` where a tensor of a group, or a counter of the model, says NaN or Inf.
@@ -93,6 +100,14 @@ class Guard:
             return None
         self._method.correlated = self.correlation.evident
         return self.correlation.prepare(images)
+
+    def looking(self) -> AbstractContextManager[None]:
+        """Look inside at how the images of the first batch are normalised."""
+        return self.normalisation.looking() if self.watches else nullcontext()
+
+    def compare(self) -> list[str]:
+        """Return in words, and warn, where a first batch that is sound is normalised otherwise than calibration was."""
+        return self.normalisation.report() if self.watches else []
 
     def observe(self, x: Tensor, logits: Tensor, first: dict[str, Tensor]) -> list[str]:
         """Watch the predictions of a batch, and put parameters back where the model collapses.
@@ -139,15 +154,18 @@ class Guard:
         """Forget the stream."""
         self.correlation.reset()
         self.collapse.reset()
+        self.normalisation.reset()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is remembered of the stream."""
-        return {"correlation": self.correlation.state_dict(), "collapse": self.collapse.state_dict()}
+        parts = {"correlation": self.correlation, "collapse": self.collapse}
+        return {name: part.state_dict() for name, part in parts.items()} | {"looked": self.normalisation.looked}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` returned."""
         self.correlation.load_state_dict(state["correlation"])
         self.collapse.load_state_dict(state["collapse"])
+        self.normalisation.looked = state.get("looked", True)  # older states do not say it
 
     def restore(self) -> None:
         """Write the copied state back."""

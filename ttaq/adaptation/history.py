@@ -48,3 +48,18 @@ def write_history(steps: Iterable[Step], path: str | os.PathLike) -> Path:
         `path`.
     """
     return write_atomically(path, "".join(f"{json.dumps(asdict(step))}\n" for step in steps).encode())
+
+
+def read_history(path: str | os.PathLike) -> list[Step]:
+    """Read the steps that `write_history` wrote.
+
+    Raises:
+        ValueError: There is no such file, or it holds something else.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"read_history: there is no file {path}; give the path that write_history wrote")
+    try:
+        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        return [Step(**(row | {"events": tuple(row["events"])})) for row in rows]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"read_history: {path} holds no JSON lines of write_history; write it again") from error

@@ -13,6 +13,14 @@ from .guard import Guard
 Forward = Callable[[nn.Module, Tensor], Tensor]
 
 
+def rate_share(images: int, full_batch: int) -> float:
+    """Return the share of its learning rate that a batch of so many images gets: ``min(1, images / full_batch)``.
+
+    Below a full batch a gradient carries more noise. A full batch of 0 images always gets all.
+    """
+    return min(1.0, images / full_batch) if full_batch else 1.0
+
+
 class Method:
     """Predict with a model and adapt it to what it sees.
 
@@ -33,6 +41,11 @@ class Method:
     def __init__(self, model: nn.Module, forward: Forward) -> None:
         self.model = model
         self.forward = forward
+
+    @classmethod
+    def needs_anchor(cls, model: nn.Module) -> bool:
+        """Tell whether the method cannot be made on a model without source images, ``anchor=``."""
+        return False
 
     def predict(self, x: Tensor) -> Tensor:
         """Return the logits of a batch, leaving every tensor that adapts as it is."""

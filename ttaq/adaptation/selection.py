@@ -111,6 +111,11 @@ class EATA(ETA):
         self._source = [p.detach().clone() for p in self.parameters.values()]
         self._fisher = self._measure(anchor)
 
+    @classmethod
+    def needs_anchor(cls, model: nn.Module) -> bool:
+        """Tell that it does, on every model."""
+        return True
+
     def loss(self, x: Tensor, logits: Tensor) -> Tensor | None:
         """Return the loss of ETA and the pull of the source; None where no image is selected."""
         loss = super().loss(x, logits)

@@ -12,7 +12,7 @@ from ..norms import batch_norms
 from .features import Moments, find_layer, input_quantizer, moments_of, source_moments, watching
 from .guard import Guard
 from .losses import entropy
-from .method import Forward, Method
+from .method import Forward, Method, rate_share
 from .parameters import Parameters, select
 
 LAST_NORMS = 3  # whose stored statistics stand for the source where there is no anchor
@@ -30,7 +30,8 @@ class ZerothOrder(Method):
     about `perturbation` steps, and about that share of the next codes flips, at any width. (A fixed 2 % flips 46 % of
     them at 8 bits and 1-2 % at 2 to 4.) A step that is measured a token counts with its mean over the first batch.
     Behind no quantiser s is 20 % of the root mean square of the layer's weight: the default then is the fixed 2 %.
-    A batch wants some dozen images; of a single vector only the mean counts.
+    The rate falls in proportion for batches below `full_batch`, whose slope carries more noise; of a single vector only
+    the mean counts.
     In the spirit of Deng et al., Test-Time Model Adaptation for Quantized Neural Networks, arXiv:2508.02180 (ZOA),
     without its bank of domains; Spall, IEEE TAC 37(3), 1992 (SPSA).
 
@@ -40,10 +41,11 @@ class ZerothOrder(Method):
         anchor: Batches of source images, some hundred in all, measured once; None takes the stored statistics of the
             last three BatchNorms.
         features: Name of the module whose input is compared, with an anchor; None takes the last linear layer.
-        lr: Learning rate.
+        lr: Learning rate of a full batch.
         perturbation: In steps of the next quantiser.
         alignment: Weight of D.
         parameters: "norm", name patterns or a predicate, see `GradientMethod`.
+        full_batch: Images from which the rate is `lr` in full; 0 never lowers it.
         seed: Of the directions.
 
     Raises:
@@ -61,6 +63,7 @@ class ZerothOrder(Method):
         perturbation: float = 0.1,
         alignment: float = 1.0,
         parameters: Parameters = "norm",
+        full_batch: int = 64,
         seed: int = 0,
     ) -> None:
         super().__init__(model, forward)
@@ -69,7 +72,8 @@ class ZerothOrder(Method):
                 f"adapt: zeroth-order needs lr and perturbation above 0 and alignment from 0, got {lr}, {perturbation} "
                 f"and {alignment}; use 1e-3, 0.1 and 1.0"
             )
-        self.lr, self.perturbation, self.alignment, self.seed = lr, perturbation, alignment, seed
+        self.lr, self.perturbation, self.alignment = lr, perturbation, alignment
+        self.full_batch, self.seed = full_batch, seed
         self.parameters = select(model, parameters)
         for parameter in self.parameters.values():
             parameter.requires_grad_(False)
@@ -78,6 +82,11 @@ class ZerothOrder(Method):
         self.source = self._source(anchor, features)
         self._generator = torch.Generator()
         self.reset()
+
+    @classmethod
+    def needs_anchor(cls, model: nn.Module) -> bool:
+        """Tell whether there is no BatchNorm, whose statistics could stand for the source."""
+        return not batch_norms(model)
 
     def predict(self, x: Tensor) -> Tensor:
         """Return the logits, and keep what the update needs of this pass."""
@@ -110,7 +119,8 @@ class ZerothOrder(Method):
                 parameter.copy_(before)
         slope = (beside - loss) / self.perturbation
         guard.check(objective_beside=[slope])
-        self._move(directions, -self.lr * slope / self._mean_square())
+        rate = self.lr * rate_share(len(x), self.full_batch)
+        self._move(directions, -rate * slope / self._mean_square())
         guard.check(adapted_tensors=self.parameters.values())
         return loss
 

@@ -1,6 +1,7 @@
 """What was measured, as a file, a table, a figure and one self-contained page."""
 
 from .comparison import Comparison, evaluate_grid
+from .drift import draw_drift
 from .figure import draw, draw_comparison
 from .findings import find
 from .page import render
@@ -14,6 +15,7 @@ __all__ = [
     "Results",
     "draw",
     "draw_comparison",
+    "draw_drift",
     "evaluate_grid",
     "find",
     "render",
