@@ -115,19 +115,27 @@ def run_block(
         block: From `find_blocks`.
         x: The block's input; never written to.
         extras: What else the first module is called with: from `block_input`, or (args, kwargs) that follow the
-            activation. None takes `block.extras`.
+            activation. None takes `block.extras`, what was expanded along the batch fitted to `x`.
 
     Returns:
         The block's output.
     """
     first, *others = block.resolve(model)
     x = x.clone() if block.inplace else x
-    given = block.extras if extras is None else extras
+    given = _fitted(block.extras, len(x)) if extras is None else extras
     args, kwargs = swap(given, _Here, x)
     result = first(*args, **kwargs) if _open(given) else first(x, *args, **kwargs)
     for module in others:
         result = module(result)
     return _pick(result, block)
+
+
+def _fitted(tree: object, count: int) -> object:
+    """Expand what was expanded to the images of one batch, such as a class token, to those of another."""
+    for tensor in list(leaves(tree)):
+        if tensor.ndim and tensor.shape[0] not in (1, count) and tensor.stride(0) == 0:
+            tree = swap(tree, tensor, tensor[:1].expand(count, *tensor.shape[1:]))
+    return tree
 
 
 def _open(tree: object) -> bool:

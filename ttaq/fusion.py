@@ -18,9 +18,10 @@ from .norms import FrozenBatchNorm, freeze
 from .packed_layers import PackedConv2d, PackedLinear
 from .quantizers import ActivationQuantizer
 from .surgery import copy_model
+from .windows import SplitWindows
 
 _PACKED = (PackedLinear, PackedConv2d)
-_WHOLE = (*_PACKED, QuantLinear, QuantConv2d, QuantMatMul, FrozenBatchNorm)  # traced as one call each
+_WHOLE = (*_PACKED, QuantLinear, QuantConv2d, QuantMatMul, FrozenBatchNorm, SplitWindows)  # traced as one call each
 _IN_PLACE = {getattr(operator, name) for name in ("iadd", "isub", "imul", "itruediv", "setitem")}
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _ACTIVATIONS = {
