@@ -1,16 +1,18 @@
 """Open attention: both its products become `MatMul` modules, `scores` and `mix`, which can be quantised.
 
-    scores = softmax(Q K' / sqrt(d) + mask),   output = scores V
+    output = softmax(Q K' / sqrt(d) + mask) V
 
-Attention of torch, torchvision, timm and transformers computes this within one function. Opened, a module keeps the
-names of its parameters, its class, its options and its place, and computes the same up to rounding. `prepare` and `load`
-open the same modules, so that a checkpoint finds them again. `multihead` and `windows` hold the two forms written anew.
+Attention of torch, torchvision, timm and transformers computes this within one function. Opened, a module keeps its
+place and computes the same up to rounding; one that calls torch's fused operator keeps its class, options and names,
+too. `prepare` and `load` open the same modules, so that a checkpoint finds them again. `multihead` and `windows` hold
+the two forms that are written anew.
 """
 
 import copy
 import dis
 import inspect
 from functools import cache
+from itertools import pairwise
 from types import FunctionType
 
 import torch
@@ -23,7 +25,7 @@ from .multihead import SplitMultihead
 from .quantizers import Quantizer
 from .windows import SplitWindows
 
-__all__ = ["OPENED", "FusedAttention", "attention_in", "open_attention", "reads_past", "reads_weights"]
+__all__ = ["OPENED", "Attend", "FusedAttention", "attention_in", "open_attention", "reads_past", "reads_weights"]
 
 _FUSED, _INTERFACE = "scaled_dot_product_attention", "ALL_ATTENTION_FUNCTIONS"
 _PRODUCTS = {
@@ -35,59 +37,66 @@ _READS_WEIGHTS = ("MultiheadAttention", "TransformerEncoderLayer", *_TORCHVISION
 _FLOAT = "its products of attention stay in float"
 
 
-class _Composing(TorchFunctionMode):
-    """Compute torch's fused attention by the two products of a module."""
+class Attend(nn.Module):
+    """Torch's fused attention as two products: `scores` of queries and keys, `mix` of probabilities and values."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self):
         super().__init__()
-        self.module = module
+        self.scores, self.mix = MatMul(), MatMul()
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Compute what `F.scaled_dot_product_attention` does: (..., L, D), (..., S, D), (..., S, E) to (..., L, E)."""
+        if enable_gqa:
+            key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
+        query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
+        logits = self.scores(query, key.transpose(-2, -1))
+        if is_causal:
+            attn_mask = torch.ones_like(logits, dtype=torch.bool).tril()
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            logits = logits.masked_fill(~attn_mask, torch.finfo(logits.dtype).min)
+        elif attn_mask is not None:
+            logits = logits + attn_mask
+        weights = logits.softmax(-1)
+        return self.mix(F.dropout(weights, dropout_p) if dropout_p else weights, value)
+
+    @property
+    def idle(self) -> bool:
+        """Whether both products are in float and nobody looks at their operands."""
+        parts = [part for product in (self.scores, self.mix) for part in (product, *product._modules.values())]
+        return not any(part._forward_hooks or part._forward_pre_hooks or _active(part) for part in parts)
+
+
+class _Composing(TorchFunctionMode):
+    """Compute torch's fused attention by a module."""
+
+    def __init__(self, attend: Attend):
+        super().__init__()
+        self.attend = attend
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
-            return compose(self.module.scores, self.module.mix, *args, **(kwargs or {}))
+            func = self.attend
         return func(*args, **(kwargs or {}))
 
 
 class FusedAttention(nn.Module):
-    """Goes before the class of a module that calls torch's fused attention: its own forward runs, that one call is split.
+    """Goes before the class of a module that calls torch's fused attention: its own forward runs, but for that call.
 
-    While both products are in float and nobody looks at their operands, the fused operator itself runs.
+    That goes to the part `attend`; while this is idle the fused operator itself runs.
     """
 
     def forward(self, *args, **kwargs):
         """Map what the class maps."""
-        if not (_used(self.scores) or _used(self.mix)):
+        if self.attend.idle:
             return super().forward(*args, **kwargs)
-        with _Composing(self):
+        with _Composing(self.attend):
             return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol):
         return _blank, (type(self).__mro__[2],), self.__dict__
-
-
-def compose(
-    scores: nn.Module, mix: nn.Module, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
-) -> Tensor:  # fmt: skip
-    """Compute what `F.scaled_dot_product_attention` does, its arguments behind the two products.
-
-    Args:
-        scores: Multiplies queries by keys, (..., L, D) by (..., D, S).
-        mix: Multiplies probabilities by values, (..., L, S) by (..., S, E).
-
-    Returns:
-        (..., L, E).
-    """
-    if enable_gqa:
-        key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
-    logits = scores(query * (query.shape[-1] ** -0.5 if scale is None else scale), key.transpose(-2, -1))
-    if is_causal:
-        attn_mask = torch.ones_like(logits, dtype=torch.bool).tril()
-    if attn_mask is not None:
-        kept = attn_mask.dtype == torch.bool
-        logits = logits.masked_fill(~attn_mask, torch.finfo(logits.dtype).min) if kept else logits + attn_mask
-    weights = logits.softmax(-1)
-    return mix(F.dropout(weights, dropout_p) if dropout_p else weights, value)
 
 
 def attention_in(model: nn.Module) -> tuple[list[str], dict[str, str]]:
@@ -115,7 +124,7 @@ def attention_in(model: nn.Module) -> tuple[list[str], dict[str, str]]:
 def reads_past(module: nn.Module) -> set[str]:
     """Name the linear layers of a module that cannot be opened whose weights it hands to a function."""
     words = _words(type(module))
-    held = [one for one, other in zip(words, words[1:], strict=False) if other == "weight"]
+    held = [one for one, other in pairwise(words) if other == "weight"]
     linear = "linear" in words
     return {name for name in held if linear and isinstance(module._modules.get(name), nn.Linear)}
 
@@ -131,8 +140,10 @@ def open_attention(module: nn.Module) -> nn.Module:
         kind = type(module).__name__
         raise ValueError(f"attention: {kind} cannot be opened ({reason or 'it is none'}); build the model as it was")
     twin = build(module)
-    for part in (twin, twin.scores, twin.mix):
-        part.training = module.training
+    held = set(module.modules())
+    for part in twin.modules():
+        if part not in held:
+            part.training = module.training
     return twin
 
 
@@ -153,8 +164,8 @@ def _way(module):
         return None, f"{_FLOAT}, for {kind.__name__} multiplies by itself; write it with ttaq.MatMul" if shown else None
     if calls > 1:
         return None, f"{_FLOAT}, for {kind.__name__} calls torch's fused attention in several places"
-    if "forward" in vars(module) or any(hasattr(module, name) for name in ("scores", "mix")):
-        return None, f"{_FLOAT}, for {kind.__name__} has a forward, or parts called scores or mix, of its own"
+    if "forward" in vars(module) or hasattr(module, "attend"):
+        return None, f"{_FLOAT}, for {kind.__name__} has a forward, or a part called attend, of its own"
     if any(part is not module and any(_calls(type(part))) for part in module.modules()):
         return None, f"{_FLOAT}, for {kind.__name__} holds other attention"
     return _split, None
@@ -164,7 +175,7 @@ def _split(module):
     """Put FusedAttention before the module's class."""
     twin = _blank(type(module))
     twin.__dict__.update({k: v.copy() if isinstance(v, (dict, set)) else v for k, v in vars(module).items()})
-    twin.scores, twin.mix = MatMul(), MatMul()
+    twin.attend = Attend()
     for name in ("fused_attn", "qkv_bias_separate"):  # timm: both ways compute the same, these by modules
         if hasattr(module, name):
             setattr(twin, name, True)
@@ -185,12 +196,6 @@ def _dressed(kind):
 def _blank(kind):
     """Make an empty module of FusedAttention and a class."""
     return (dressed := _dressed(kind)).__new__(dressed)
-
-
-def _used(product):
-    """Tell whether a product quantises an operand now, or somebody looks at one."""
-    parts = [product, *product._modules.values()]
-    return any(part._forward_hooks or part._forward_pre_hooks or _active(part) for part in parts)
 
 
 def _active(part):

@@ -25,7 +25,7 @@ def prepare(
     """Replace every nn.Linear, nn.Conv2d and ttaq.MatMul by its quantised twin.
 
     Attention of torch, torchvision, timm and transformers, and any module that calls torch's fused attention once, is
-    opened first: its two products become `MatMul`s, its parts `scores` and `mix`. The quantised layers keep the float
+    opened first: its two products become `MatMul`s called `scores` and `mix`. The quantised layers keep the float
     parameters and behave as the float layers until `calibrate`, opened attention but for rounding. Normalisation layers
     stay as they are. The first and the last layer, in the order of registration, follow the recipe's policy.
 
@@ -87,7 +87,7 @@ def _open(model, attention):
     openable, closed = attention_in(model)
     if attention:
         return {name: open_attention(model.get_submodule(name)) for name in openable}, closed
-    return {}, closed | {name: "its attention stays in float, as was asked" for name in openable}
+    return {}, closed | dict.fromkeys(openable, "its attention stays in float, as was asked")
 
 
 def _walk(model, opened) -> Iterator[tuple[str, nn.Module]]:
@@ -148,7 +148,7 @@ def _speak(left_out, closed, strict):
 def _needed(name, module, twins):
     """Tell whether anything is quantised that is there only once attention is opened."""
     if isinstance(module, FusedAttention):
-        return f"{name}.scores" in twins or f"{name}.mix" in twins
+        name += ".attend"
     return any(twin.startswith(name + ".") for twin in twins)
 
 
