@@ -13,7 +13,7 @@ from torch import nn
 from .batches import Forward, call
 from .partition import Piece, partition
 from .surgery import evaluating
-from .tracing import Trace, leaves, swap, trace
+from .tracing import Trace, fitted, leaves, swap, trace
 
 __all__ = ["Block", "Blocks", "block_input", "find_blocks", "run_block"]
 
@@ -122,20 +122,12 @@ def run_block(
     """
     first, *others = block.resolve(model)
     x = x.clone() if block.inplace else x
-    given = _fitted(block.extras, len(x)) if extras is None else extras
+    given = fitted(block.extras, len(x)) if extras is None else extras
     args, kwargs = swap(given, _Here, x)
     result = first(*args, **kwargs) if _open(given) else first(x, *args, **kwargs)
     for module in others:
         result = module(result)
     return _pick(result, block)
-
-
-def _fitted(tree: object, count: int) -> object:
-    """Expand what was expanded to the images of one batch, such as a class token, to those of another."""
-    for tensor in list(leaves(tree)):
-        if tensor.ndim and tensor.shape[0] not in (1, count) and tensor.stride(0) == 0:
-            tree = swap(tree, tensor, tensor[:1].expand(count, *tensor.shape[1:]))
-    return tree
 
 
 def _open(tree: object) -> bool:
