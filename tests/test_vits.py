@@ -45,6 +45,7 @@ FAMILIES = {
     "eva02": of_timm("eva02_tiny_patch14_224"),
     "siglip": of_timm("vit_base_patch16_siglip_224"),
     "swin": of_timm("swin_tiny_patch4_window7_224", img_size=32, **WINDOWS),
+    "swin v2": of_timm("swinv2_tiny_window8_256", img_size=32, **WINDOWS),
     "cait": of_timm("cait_xxs24_224"),
     "torchvision vit": lambda: vision.VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=6),
     "torchvision swin": tv_swin(1),

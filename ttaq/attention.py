@@ -5,7 +5,7 @@
 Attention of torch, torchvision, timm and transformers computes this within one function. Opened, a module keeps its
 place and computes the same up to rounding; one that calls torch's fused operator keeps its class, options and names,
 too. `prepare` and `load` open the same modules, so that a checkpoint finds them again. `multihead` and `windows` hold
-the two forms that are written anew.
+the forms that are written anew.
 """
 
 import copy
@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from .layers import MatMul
 from .multihead import SplitMultihead
 from .quantizers import Quantizer
-from .windows import SplitWindows
+from .windows import SplitTokenWindows, SplitWindows
 
 __all__ = ["OPENED", "Attend", "FusedAttention", "attention_in", "open_attention", "reads_past", "reads_weights"]
 
@@ -33,6 +33,7 @@ _PRODUCTS = {
     "memory_efficient_attention",
 }  # fmt: skip
 _TORCHVISION = ("ShiftedWindowAttention", "ShiftedWindowAttentionV2")
+_TIMM_SWIN_V2 = ("timm.models.swin_transformer_v2", "WindowAttention")
 _READS_WEIGHTS = ("MultiheadAttention", "TransformerEncoderLayer", *_TORCHVISION)
 _FLOAT = "its products of attention stay in float"
 
@@ -159,6 +160,8 @@ def _way(module):
             reads += f" ({reason})" if "MultiheadAttention" in names else ""
         return None, reads
     calls, own = _calls(kind)
+    if (kind.__module__, kind.__name__) == _TIMM_SWIN_V2:
+        return SplitTokenWindows, None
     if not calls:
         shown = own and any(word in kind.__name__.lower() for word in ("attention", "attn"))
         return None, f"{_FLOAT}, for {kind.__name__} multiplies by itself; write it with ttaq.MatMul" if shown else None

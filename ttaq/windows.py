@@ -1,4 +1,4 @@
-"""SplitWindows: torchvision's attention in shifted windows, versions 1 and 2, as modules."""
+"""Attention in shifted windows as modules: that of torchvision, versions 1 and 2, and that of timm's version 2."""
 
 import math
 
@@ -47,7 +47,7 @@ class SplitWindows(nn.Module):
 
     def _attend(self, x, mask):
         """Map the tokens of all windows (B * windows, T, C) to tokens; `mask` is (windows, T, T) or None."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self._project(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         if self.cosine:
             scale = self.logit_scale.clamp(max=math.log(100.0)).exp()
             logits = self.scores(F.normalize(q, dim=-1), F.normalize(k, dim=-1).transpose(-2, -1)) * scale
@@ -60,6 +60,9 @@ class SplitWindows(nn.Module):
         y = self.proj(self.mix(weights, v).transpose(1, 2).flatten(2))
         return F.dropout(y, self.dropout, self.training)
 
+    def _project(self, x):
+        return self.qkv(x)
+
     def _bias(self):
         """Return the bias of relative positions, (1, heads, T, T)."""
         if self.cosine:
@@ -67,8 +70,28 @@ class SplitWindows(nn.Module):
         else:
             table = self.relative_position_bias_table
         tokens = self.window_size[0] * self.window_size[1]
-        bias = table[self.relative_position_index].view(tokens, tokens, -1).permute(2, 0, 1)[None]
+        bias = table[self.relative_position_index.flatten()].view(tokens, tokens, -1).permute(2, 0, 1)[None]
         return 16 * bias.sigmoid() if self.cosine else bias
+
+
+class SplitTokenWindows(SplitWindows):
+    """Compute what WindowAttention of timm's Swin V2 does, whose block shifts and parts the windows, by modules.
+
+    Args:
+        module: Of that class.
+    """
+
+    def __init__(self, module: nn.Module):
+        super().__init__(module)
+        self.attention_dropout, self.dropout = module.attn_drop.p, module.proj_drop.p
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map the tokens of all windows (B * windows, T, C) to tokens; `mask` is (windows, T, T) or None."""
+        return self._attend(x, mask)
+
+    def _project(self, x):
+        qkv = self.qkv(x)
+        return qkv if self.q_bias is None else qkv + torch.cat((self.q_bias, self.k_bias, self.v_bias))
 
 
 def _mask(size, window, shift, like):
