@@ -127,8 +127,23 @@ class PlainAttention(Fused):
         return (q @ k.mT).softmax(-1) @ v
 
 
+class Mixing(PlainAttention):
+    """The same under a name that says nothing."""
+
+
 class Taken(Fused):
     attend = None
+
+
+class MultiheadAttention(Fused):
+    """Of torch's name, but not torch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.after = ttaq.MatMul()
+
+    def forward(self, x):
+        return self.after(super().forward(x), torch.ones(16, 16))
 
 
 class Outer(Fused):
@@ -163,11 +178,17 @@ def test_one_image_and_none():
         assert packed(x[:0]).shape == (0, 5, 16)
 
 
+def test_a_name_alone_closes_nothing():
+    layers = ttaq.prepare(nn.Sequential(MultiheadAttention())).ttaq_report["layers"]
+    assert set(layers) == {"0.qkv", "0.after", "0.attend.scores", "0.attend.mix"}
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
         (Twice, "Twice calls torch's fused attention in several places"),
         (PlainAttention, "PlainAttention multiplies by itself; write it with ttaq.MatMul"),
+        (Mixing, "Mixing multiplies by itself; write it with ttaq.MatMul"),
         (Taken, "Taken has a forward, or a part called attend, of its own"),
         (Outer, "Outer holds other attention"),
     ],
@@ -179,7 +200,9 @@ def test_what_cannot_be_opened_is_named(kind, reason):
     assert reason in prepared.ttaq_report["left_out"]["0"]
     x = torch.randn(2, 5, 16)
     assert torch.equal(prepared(x), model(x))
-    assert ("0.qkv" in prepared.ttaq_report["layers"]) == (kind is not PlainAttention)  # it reads the weight past it
+    assert ("0.qkv" in prepared.ttaq_report["layers"]) != issubclass(
+        kind, PlainAttention
+    )  # it reads the weight past it
     with pytest.raises(ValueError, match=rf"^prepare: strict leaves nothing in float, got 0.*: .*{reason}; exclude it"):
         ttaq.prepare(model, strict=True)
     assert type(model[0]) is kind

@@ -34,7 +34,7 @@ _PRODUCTS = {
 }  # fmt: skip
 _TORCHVISION = ("ShiftedWindowAttention", "ShiftedWindowAttentionV2")
 _TIMM_SWIN_V2 = ("timm.models.swin_transformer_v2", "WindowAttention")
-_READS_WEIGHTS = ("MultiheadAttention", "TransformerEncoderLayer", *_TORCHVISION)
+_READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 _FLOAT = "its products of attention stay in float"
 
 
@@ -152,24 +152,23 @@ def _way(module):
     """Return (what opens the module, None), (None, why it stays as it is), or (None, None) where it is no attention."""
     kind = type(module)
     if reads := reads_weights(module):
-        if "TransformerEncoderLayer" not in (names := _names(kind)):
-            if "MultiheadAttention" in names and not (reason := SplitMultihead.refuses(module)):
-                return SplitMultihead, None
-            if kind.__name__ in _TORCHVISION and kind.__module__.startswith("torchvision."):
-                return SplitWindows, None
-            reads += f" ({reason})" if "MultiheadAttention" in names else ""
-        return None, reads
+        if isinstance(module, nn.MultiheadAttention):
+            reason = SplitMultihead.refuses(module)
+            return (None, f"{reads} ({reason})") if reason else (SplitMultihead, None)
+        windows = kind.__name__ in _TORCHVISION and kind.__module__.startswith("torchvision.")
+        return (SplitWindows, None) if windows else (None, reads)
     calls, own = _calls(kind)
     if (kind.__module__, kind.__name__) == _TIMM_SWIN_V2:
         return SplitTokenWindows, None
     if not calls:
-        shown = own and any(word in kind.__name__.lower() for word in ("attention", "attn"))
+        named = any(word in kind.__name__.lower() for word in ("attention", "attn"))
+        shown = own and (named or "softmax" in _words(kind))
         return None, f"{_FLOAT}, for {kind.__name__} multiplies by itself; write it with ttaq.MatMul" if shown else None
     if calls > 1:
         return None, f"{_FLOAT}, for {kind.__name__} calls torch's fused attention in several places"
     if "forward" in vars(module) or hasattr(module, "attend"):
         return None, f"{_FLOAT}, for {kind.__name__} has a forward, or a part called attend, of its own"
-    if any(part is not module and any(_calls(type(part))) for part in module.modules()):
+    if any(part is not module and _calls(type(part))[0] for part in module.modules()):
         return None, f"{_FLOAT}, for {kind.__name__} holds other attention"
     return _split, None
 
@@ -207,13 +206,10 @@ def _active(part):
 
 def reads_weights(module: nn.Module) -> str | None:
     """Say of a module that hands its layers' weights to a function that it does so; of another one nothing."""
-    if not any(name in _READS_WEIGHTS for name in _names(type(module))):
+    names = [base.__name__ for base in type(module).__mro__]
+    if not isinstance(module, _READS_WEIGHTS) and not any(name in _TORCHVISION for name in names):
         return None
     return f"{type(module).__name__} reads its weights past its layers, so these cannot be swapped"
-
-
-def _names(kind):
-    return [base.__name__ for base in kind.__mro__]
 
 
 @cache
@@ -229,16 +225,28 @@ def _words(kind: type) -> tuple[str, ...]:
     found, seen, ahead = [], set(), ["forward"]
     while ahead:
         name = ahead.pop()
-        method = inspect.unwrap(method) if isinstance(method := getattr(kind, name, None), FunctionType) else None
-        if method is not None and name not in seen and (name == "forward" or not hasattr(nn.Module, name)):
-            words = [_word(step) for step in dis.get_instructions(method)]
+        if name not in seen and (name == "forward" or not hasattr(nn.Module, name)):
+            words = _words_of(kind, name)
             found += words
             ahead += words
         seen.add(name)
     return tuple(filter(None, found))
 
 
+def _words_of(kind, name):
+    """List the names that one method uses, and those of the methods that it extends."""
+    words = []
+    for base in kind.__mro__:
+        method = vars(base).get(name)
+        if isinstance(method, FunctionType) and base is not nn.Module:
+            words += [_word(step) for step in dis.get_instructions(inspect.unwrap(method))]
+            if "super" not in words:
+                break
+    return words
+
+
 def _word(step):
     if step.opname == "BINARY_OP":
         return "@" if "@" in step.argrepr else ""
-    return step.argval if step.opname.startswith("LOAD_") and isinstance(step.argval, str) else ""
+    named = step.opname.startswith("LOAD_") and step.opname != "LOAD_CONST" and isinstance(step.argval, str)
+    return step.argval if named else ""
