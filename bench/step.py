@@ -39,7 +39,7 @@ class Subject:
 
 
 def subjects() -> list[Subject]:
-    """List what is measured; timm's attention keeps its products in float, `ttaq.models` has the same in modules."""
+    """List what is measured; timm's attention is left in float, `ttaq.models` has the same in modules."""
     import timm
 
     return [
@@ -65,7 +65,8 @@ class Stage:
         self.quantised = self.inputs + 0.01 * torch.randn_like(self.inputs)
         with torch.no_grad():
             self.targets = torch.cat([self.floating(x) for x in self.inputs.split(batch)])
-        self.model = ttaq.prepare(self.floating, ttaq.Recipe.parse("w4a4", first_last=None)).eval()
+        recipe = ttaq.Recipe.parse("w4a4", first_last=None)
+        self.model = ttaq.prepare(self.floating, recipe, attention=False).eval()
         ttaq.calibrate(self.model, [self.inputs[: max(2, batch // 4)]])
         layers = tuple(n for n, m in self.model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
         self.block = Block(subject.name, tuple(name for name, _ in self.model.named_children()), layers, False)

@@ -13,7 +13,7 @@ from torch import nn
 from .batches import Forward, call
 from .partition import Piece, partition
 from .surgery import evaluating
-from .tracing import Trace, leaves, swap, trace
+from .tracing import Trace, fitted, leaves, swap, trace
 
 __all__ = ["Block", "Blocks", "block_input", "find_blocks", "run_block"]
 
@@ -115,14 +115,14 @@ def run_block(
         block: From `find_blocks`.
         x: The block's input; never written to.
         extras: What else the first module is called with: from `block_input`, or (args, kwargs) that follow the
-            activation. None takes `block.extras`.
+            activation. None takes `block.extras`, what was expanded along the batch fitted to `x`.
 
     Returns:
         The block's output.
     """
     first, *others = block.resolve(model)
     x = x.clone() if block.inplace else x
-    given = block.extras if extras is None else extras
+    given = fitted(block.extras, len(x)) if extras is None else extras
     args, kwargs = swap(given, _Here, x)
     result = first(*args, **kwargs) if _open(given) else first(x, *args, **kwargs)
     for module in others:

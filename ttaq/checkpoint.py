@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from .attention import OPENED, open_attention
 from .files import fingerprint, write_atomically
 from .layers import QuantConv2d, QuantLinear, QuantMatMul
 from .packed_layers import PackedConv2d, PackedLinear
@@ -60,6 +61,7 @@ def save(
         "preprocessing": dict(preprocessing) if preprocessing else None,
         "classes": classes,
         "layers": layers,
+        "attention": [name for name, m in model.named_modules() if isinstance(m, OPENED)],
         "report": _timeless(report),
     }
     tensors = _apart({name: t.detach().contiguous() for name, t in _tensors(model).items()})
@@ -94,6 +96,8 @@ def load(path: str | os.PathLike, model: nn.Module, *, device: str | torch.devic
             f"build the model as it was then{' (' + header['reference'] + ')' if header['reference'] else ''}"
         )
     packed = copy_model(model, share=lambda name, tensor: True)
+    for name in header.get("attention", []):
+        replace(packed, name, open_attention(packed.get_submodule(name)))
     for name, described in header["layers"].items():
         replace(packed, name, _build(packed.get_submodule(name), described))
     _assign(packed, tensors, path)

@@ -13,14 +13,16 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 
+from .attention import Attend
 from .layers import QuantConv2d, QuantLinear, QuantMatMul, activation_grid, pads_apart
 from .norms import FrozenBatchNorm, freeze
 from .packed_layers import PackedConv2d, PackedLinear
 from .quantizers import ActivationQuantizer
 from .surgery import copy_model
+from .windows import SplitWindows
 
 _PACKED = (PackedLinear, PackedConv2d)
-_WHOLE = (*_PACKED, QuantLinear, QuantConv2d, QuantMatMul, FrozenBatchNorm)  # traced as one call each
+_WHOLE = (*_PACKED, QuantLinear, QuantConv2d, QuantMatMul, FrozenBatchNorm, Attend, SplitWindows)  # as one call each
 _IN_PLACE = {getattr(operator, name) for name in ("iadd", "isub", "imul", "itruediv", "setitem")}
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _ACTIVATIONS = {

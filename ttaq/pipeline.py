@@ -36,6 +36,7 @@ def quantize(
     refinement: Refinement | None = None,
     forward: Forward | None = None,
     progress: bool = True,
+    attention: bool = True,
     **options,
 ) -> nn.Module:
     """Quantise a float model after training, on a few hundred unlabelled images.
@@ -50,6 +51,7 @@ def quantize(
         refinement: In place of the method's.
         forward: Runs the model on one batch, `forward(model, x)`, when `model(x)` does not.
         progress: Show a bar.
+        attention: As in `prepare`: open the attention of libraries, so that its products are quantised.
         options: Fields of `blockwise.Schedule`, such as steps and seed. "ttaq" and "pcr" take half of the steps for
             each block and half of them for the whole network, which lasts about as long as "qdrop" and a half.
 
@@ -65,7 +67,7 @@ def quantize(
     given = list(options) + [name for name, value in extras.items() if value is not None]
     if method == "rtn" and given:
         raise ValueError(f"quantize: rounding to nearest takes no {', '.join(given)}; use method='ttaq'")
-    quantised = prepare(model, recipe).eval()
+    quantised = prepare(model, recipe, attention=attention).eval()
     inputs = collect("quantize", batches, device_of(quantised))
     calibrate(quantised, inputs, forward=forward)
     settings = {"forward": forward, "progress": progress}

@@ -1,5 +1,6 @@
 """A user's images: how they are prepared, where they lie, and the order in which they are met."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,10 @@ _LAYOUTS = (
 )
 
 
-def preprocessing_of(model: nn.Module, reference: str, *, size=None, mean=None, std=None) -> dict:
-    """Say how images are prepared: as timm's configuration of the model says, else as torchvision's models.
+def preprocessing_of(
+    model: nn.Module, reference: str, *, size=None, mean=None, std=None, processor: Mapping | object | None = None
+) -> dict:
+    """Say how images are prepared: as timm's configuration or torchvision's weights say, else as most models.
 
     Args:
         model: Built by `reference`.
@@ -33,23 +36,68 @@ def preprocessing_of(model: nn.Module, reference: str, *, size=None, mean=None, 
         size: Goes before what the configuration says, as do mean and std.
         mean: Of each channel.
         std: Of each channel.
+        processor: An image processor of transformers, or its `to_dict()`; goes before the model's own configuration.
 
     Returns:
         size, crop, interpolation, mean, std; size is None where nothing says it.
     """
+    source, _, name = reference.partition(":")
     found = {
-        "size": None, "crop": 0.875, "interpolation": "bilinear", "mean": IMAGENET_MEAN, "std": IMAGENET_STD,
+        "size": _side(getattr(getattr(model, "config", None), "image_size", None)), "crop": 0.875,
+        "interpolation": "bilinear", "mean": IMAGENET_MEAN, "std": IMAGENET_STD,
     }  # fmt: skip
-    if reference.startswith("timm:"):
-        from timm.data import resolve_model_data_config
-
-        config = resolve_model_data_config(model)
-        smooth = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
-        found = {"size": config["input_size"][-1], "crop": config["crop_pct"], "interpolation": smooth}
-        found |= {"mean": config["mean"], "std": config["std"]}
+    if processor is not None:
+        found |= _processed(processor if isinstance(processor, Mapping) else processor.to_dict())
+    elif source == "timm":
+        found = _of_timm(model)
+    elif source == "torchvision":
+        found |= _of_torchvision(model, name)
     given = {"size": size, "mean": mean, "std": std}
     found |= {name: value for name, value in given.items() if value}
     return found | {"mean": list(found["mean"]), "std": list(found["std"])}
+
+
+def _of_timm(model):
+    from timm.data import resolve_model_data_config
+
+    config = resolve_model_data_config(model)
+    smooth = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
+    found = {"size": config["input_size"][-1], "crop": config["crop_pct"], "interpolation": smooth}
+    return found | {"mean": config["mean"], "std": config["std"]}
+
+
+def _of_torchvision(model, name):
+    """Read the transforms of the default weights, or of those made for the model's own image size."""
+    from torchvision import models
+
+    wanted, weights = getattr(model, "image_size", None), models.get_model_weights(name)
+    known = [w.transforms() for w in dict.fromkeys([weights.DEFAULT, *weights])]
+    chosen = next((t for t in known if wanted in (None, t.crop_size[0])), known[0])
+    side, smooth = wanted or chosen.crop_size[0], chosen.interpolation.value
+    return {
+        "size": None if wanted is None and side == 224 else side,  # small images may also enter a network that pools
+        "crop": chosen.crop_size[0] / chosen.resize_size[0],
+        "interpolation": "bilinear" if smooth == "bilinear" else "bicubic",
+        "mean": chosen.mean,
+        "std": chosen.std,
+    }
+
+
+def _processed(values):
+    """Read an image processor's values; 2 is bilinear there, 3 bicubic."""
+    whole, cropped = values.get("size"), values.get("crop_size") if values.get("do_center_crop") else None
+    side = _side(cropped) or _side(whole)
+    found = {"size": side, "crop": side / _side(whole) if side and _side(whole) else 1.0}
+    found["interpolation"] = "bicubic" if values.get("resample") == 3 else "bilinear"
+    named = {"mean": values.get("image_mean"), "std": values.get("image_std")}
+    return found | {name: value for name, value in named.items() if value}
+
+
+def _side(size):
+    """Return the one side that a size has: a number, a pair, or {height, width} or {shortest_edge}."""
+    if isinstance(size, Mapping):
+        size = size.get("shortest_edge") or size.get("height")
+    return size[0] if isinstance(size, (tuple, list)) and size else size
 
 
 def open_data(path: str | Path, preprocessing: dict, classes: list[str] | None = None) -> Images | CifarC | ImageNetC:

@@ -19,7 +19,7 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> tuple[str, ...]:
     """Put `module` in the place of the one called `name`, wherever that one is held.
 
     A module held under several names is swapped under all of them and so stays shared. The new module
-    takes over the train or eval mode of the old one.
+    takes over the train or eval mode of the old one; parts of the old one that it holds keep theirs.
 
     Args:
         model: Changed in place.
@@ -45,7 +45,10 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> tuple[str, ...]:
     holders = [name.rpartition(".") for name in names]
     for holder, child in [(model.get_submodule(path), child) for path, _, child in holders]:
         holder._modules[child] = module
-    module.train(old.training)
+    kept = set(old.modules())
+    for part in module.modules():
+        if part not in kept:
+            part.training = old.training
     return names
 
 

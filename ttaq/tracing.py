@@ -16,7 +16,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Call", "Port", "Trace", "leaves", "swap", "trace"]
+__all__ = ["Call", "Port", "Trace", "fitted", "leaves", "swap", "trace"]
 
 # These look at the shape of their argument alone.
 _SHAPE_ONLY = frozenset(
@@ -108,6 +108,14 @@ def swap(tree: object, old: object, new: object) -> object:
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         parts = {part.name: getattr(tree, part.name) for part in dataclasses.fields(tree) if part.init}
         return dataclasses.replace(tree, **{name: swap(item, old, new) for name, item in parts.items()})
+    return tree
+
+
+def fitted(tree: object, count: int) -> object:
+    """Expand what was expanded to the images of one batch, such as a class token, to those of another."""
+    for tensor in list(leaves(tree)):
+        if tensor.ndim and tensor.shape[0] not in (1, count) and tensor.stride(0) == 0:
+            tree = swap(tree, tensor, tensor[:1].expand(count, *tensor.shape[1:]))
     return tree
 
 
