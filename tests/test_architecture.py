@@ -20,9 +20,10 @@ LAYERS = {
     **dict.fromkeys(["layers", "norms", "moments", "learning", "blocks", "tracing", "partition", "surgery"], 5),
     **dict.fromkeys(["distances", "caching", "packed_layers", "attention", "multihead", "windows"], 5),
     **dict.fromkeys(["preparation", "calibration", "perturbation", "consistency", "blockwise", "objectives"], 6),
-    **dict.fromkeys(["reconstruction", "refinement", "packing", "fusion"], 6),
+    **dict.fromkeys(["reconstruction", "refinement", "closed_form", "packing", "fusion"], 6),
     **dict.fromkeys(["checkpoint", "adaptation", "streams", "models"], 6),
     **dict.fromkeys(["pipeline", "zoo", "training", "meters", "evaluation", "report", "sources", "configuration"], 7),
+    "allocation": 7,
     **dict.fromkeys(["demo", "doctor", "workbench", "cli", "__main__", "__init__"], 8),
 }
 
@@ -48,6 +49,7 @@ BESIDE = {
     "caching": {"blocks"},
     "objectives": {"perturbation", "consistency", "blockwise"},
     "reconstruction": {"perturbation", "consistency", "blockwise", "objectives"},
+    "closed_form": {"perturbation", "reconstruction"},
     "pipeline": {"report"},
     "evaluation": {"meters"},
     "report": {"evaluation"},

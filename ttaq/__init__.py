@@ -12,14 +12,17 @@ The verbs, in the order of use:
     adapter = ttaq.adapt(packed, "tent")       # logits = adapter(x), for ever, on a changing stream
     fused = ttaq.fuse(packed, x)               # or, where nothing is to adapt: codes handed from layer to layer
 
-`ttaq.quantize(model, batches, "w4a4")` is the first four in one. The layers serve alone, too:
+`ttaq.quantize(model, batches, "w4a4")` is the first four in one. `ttaq.solve` chooses codes in closed form, seconds a
+block, and `ttaq.allocate` bits for each layer under a budget. The layers serve alone, too:
 `ttaq.QuantLinear`, `ttaq.QuantConv2d`, `ttaq.PackedLinear`, `ttaq.PackedConv2d`.
 """
 
 from .adaptation import Adapter, adapt
+from .allocation import allocate
 from .blocks import find_blocks
 from .calibration import calibrate
 from .checkpoint import load, save
+from .closed_form import solve
 from .consistency import PCR
 from .dispatch import backend, explain
 from .evaluation import evaluate
@@ -62,6 +65,7 @@ __all__ = [
     "Recipe",
     "Refinement",
     "adapt",
+    "allocate",
     "backend",
     "calibrate",
     "continual",
@@ -85,4 +89,5 @@ __all__ = [
     "refine",
     "save",
     "shuffled",
+    "solve",
 ]
