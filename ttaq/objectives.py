@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .augment import add_noise, change_light
 from .batches import Forward, change_images, count
 from .blocks import Block, block_input, run_block
-from .blockwise import BlockLearner, Schedule, layers_of
+from .blockwise import BlockLearner, Plan, Schedule, layers_of
 from .consistency import PCR, Consistency
 from .distances import squared_distance
 from .layers import QuantMatMul
@@ -19,7 +19,7 @@ from .quantizers import disabled
 from .surgery import device_of
 
 _LOOK = 256  # images that PEM's moments come from
-_PILOT = 5  # a pilot run takes a fifth of the steps
+PILOT_PART = 5  # a pilot run takes a fifth of the steps
 _MARGIN = 0.02  # of the error without PEM: what chance alone makes between pilots
 
 
@@ -47,6 +47,7 @@ class Objectives:
         """Return the preconditioned weights of a block's layers; none unless PEM asks for them."""
         if not (self.pem and self.pem.precondition):
             return {}
+        floats = floats.to(device_of(self.model))
         with disabled(self.model):
             return preconditioned(layers_of(self.model, block), self._run(block, floats, floats), self.pem, self.noise)
 
@@ -60,10 +61,11 @@ class Objectives:
         """Form PEM for a block."""
         self.propagation = None
         if self.pem and self.pem.strength:
+            quantised, floats, targets = (t[:_LOOK].to(device_of(self.model)) for t in (quantised, floats, targets))
             layers = layers_of(self.model, block) | _products(self.model, block)
-            run = self._run(block, quantised[:_LOOK], floats[:_LOOK])
+            run = self._run(block, quantised, floats)
             self.propagation = Propagation(self.model, layers, self.pem, self.noise, run, self.weights)
-            self.scale = self.pem.strength * squared_distance(targets[:_LOOK], torch.zeros_like(targets[:_LOOK]))
+            self.scale = self.pem.strength * squared_distance(targets, torch.zeros_like(targets))
 
     def __call__(self, step: int, x: Tensor, output: Tensor, picked: Tensor, roundings: list) -> Tensor | float:
         """Return what one step adds to the loss."""
@@ -75,35 +77,51 @@ class Objectives:
     def _added_mitigation(self, *_):
         return 0.0 if self.propagation is None else self.scale * self.propagation()
 
-    def choose_strength(self, blocks: list[Block], schedule: Schedule) -> dict:
+    @property
+    def steady(self) -> bool:
+        """Whether every step adds the same terms, so that one of them can be captured and replayed."""
+        return self.consistency is None
+
+    def follow(self, block: Block) -> None:
+        """Pass a block that is learned already."""
+        if self.consistency is not None:
+            self.consistency.follow(block)
+
+    def choose_strength(self, blocks: list[Block], schedule: Schedule, plan: Plan | None = None) -> dict:
         """Choose PEM's strength without labels, and return how.
 
         The middle block is learned for a fifth of the steps with each of `STRENGTHS`, from float inputs, without PCR,
         on seven eighths of the images. The strength that errs least wins, if it errs less by `_MARGIN` than none does:
         the squared distance to the float block's output on the other eighth under changes of light and noise. It is
         found once and serves all blocks; random numbers go on as if it had not been asked.
+
+        Args:
+            blocks: Of the model.
+            schedule: Of the blocks.
+            plan: Chooses the steps of each pilot run, in place of a fifth of the schedule's.
         """
         with torch.random.fork_rng(_devices(self.model)):
-            return self._pilots(blocks, schedule)
+            return self._pilots(blocks, schedule, plan)
 
-    def _pilots(self, blocks, schedule):
-        block = blocks[len(blocks) // 2]
+    def _pilots(self, blocks, schedule, plan):
+        block = pilot_of(blocks)
         seen, held = self._parts(block)
-        quick = replace(schedule, steps=max(1, schedule.steps // _PILOT))
+        quick = replace(schedule, steps=max(1, schedule.steps // PILOT_PART))
         start, errors = Learned(self.model), {}
         chosen = self.pem
         for strength in STRENGTHS:
             self.pem = replace(chosen, strength=strength)
             learner = BlockLearner(self.model, block, quick, self.bases(block, seen[0]))
             self._mitigate(block, seen[0], *seen)
-            learner.learn(seen[0], *seen, self._added_mitigation)
+            learner.learn(seen[0], *seen, self._added_mitigation, plan=plan)
+            quick, plan = replace(quick, steps=learner.total), None
             learner.harden(seen[0])
             with torch.no_grad():
                 errors[strength] = squared_distance(run_block(self.model, block, held[0]), held[1]).item()
             start.restore()
         best = min(errors, key=errors.get)
         self.pem = replace(chosen, strength=best if errors[best] <= (1 - _MARGIN) * errors[0.0] else 0.0)
-        return {"strength": self.pem.strength, "pilot": block.name, "errors": errors}
+        return {"strength": self.pem.strength, "pilot": block.name, "errors": errors, "pilot_steps": quick.steps}
 
     @torch.no_grad()
     def _parts(self, block):
@@ -121,6 +139,11 @@ class Objectives:
 
     def _run(self, block, quantised, floats):
         return lambda coded: run_block(self.model, block, quantised if coded else floats)
+
+
+def pilot_of(blocks: list[Block]) -> Block:
+    """Pick the block on which strengths are tried: the middle one."""
+    return blocks[len(blocks) // 2]
 
 
 def _devices(model):
