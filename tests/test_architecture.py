@@ -12,13 +12,13 @@ ROOT = Path(ttaq.__file__).parent
 KERNELS = Path(declarations.cd.__file__).parent
 
 LAYERS = {
-    **dict.fromkeys(["spec", "files", "augment", "batches", "kernels"], 0),
+    **dict.fromkeys(["spec", "files", "augment", "batches", "stores", "kernels"], 0),
     "dispatch": 1,
     **dict.fromkeys(["checks", "declarations", "gradients", "code_ops", "fake_ops", "product_ops", "ops"], 2),
     "observers": 3,
     **dict.fromkeys(["quantizers", "roundings"], 4),
     **dict.fromkeys(["layers", "norms", "moments", "learning", "blocks", "tracing", "partition", "surgery"], 5),
-    **dict.fromkeys(["distances", "caching", "packed_layers"], 5),
+    **dict.fromkeys(["distances", "caching", "packed_layers", "pacing", "stepping", "resuming"], 5),
     **dict.fromkeys(["preparation", "calibration", "perturbation", "consistency", "blockwise", "objectives"], 6),
     **dict.fromkeys(["reconstruction", "refinement", "packing", "fusion"], 6),
     **dict.fromkeys(["checkpoint", "adaptation", "streams", "models"], 6),
@@ -42,7 +42,9 @@ BESIDE = {
     "norms": {"surgery"},
     "packed_layers": {"layers"},
     "moments": {"layers"},
-    "caching": {"blocks"},
+    "caching": {"blocks", "surgery"},
+    "pacing": {"blocks"},
+    "resuming": {"learning", "norms", "surgery"},
     "objectives": {"perturbation", "consistency", "blockwise"},
     "reconstruction": {"perturbation", "consistency", "blockwise", "objectives"},
     "pipeline": {"report"},

@@ -162,7 +162,8 @@ class BlockLearner:
         with self._dropping():
             run = self._step(optimizer, learned, extra)
             if plan or graph is not False:
-                first = given(*next(draws(len(targets), size, 1, self.device)))
+                numbers = torch.arange(size)
+                first = given(numbers.to(self.device), numbers)
             if graph is not False:
                 run = self._captured(run, first, optimizer, graph)
             if plan:

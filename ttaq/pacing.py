@@ -60,7 +60,7 @@ class Deadline:
         self.seconds = seconds_of(budget)
         self._end = time.perf_counter() + self.seconds
         self._whole: Deadline | None = None
-        self.missed = False
+        self._missed = False
 
     @classmethod
     def of(cls, budget: "str | float | Deadline | None") -> "Deadline | None":
@@ -71,6 +71,11 @@ class Deadline:
     def left(self) -> float:
         """Seconds until then; below 0 afterwards."""
         return self._end - time.perf_counter()
+
+    @property
+    def missed(self) -> bool:
+        """Whether it was found too early."""
+        return (self._whole or self)._missed
 
     def part(self, share: float) -> "Deadline":
         """Return the deadline of a share of the time that is left."""
@@ -87,8 +92,8 @@ class Deadline:
     def miss(self, verb: str, needed: str) -> None:
         """Warn, once for all parts of a budget, that it was too small."""
         whole = self._whole or self
-        if not whole.missed:
-            whole.missed = True
+        if not whole._missed:
+            whole._missed = True
             warnings.warn(f"{verb}: the budget of {whole.seconds:.3g} s is too small for {needed}", stacklevel=2)
 
 

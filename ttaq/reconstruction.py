@@ -132,7 +132,7 @@ def reconstruct(
     report |= {"pem": pem and asdict(pem) | loop.rule, "pcr": pcr and asdict(pcr)}
     if deadline:
         taken = round(time.perf_counter() - start, 3)
-        report["budget"] = {"seconds": round(deadline.seconds, 3), "blocks": taken, "kept": not loop.pace.short}
+        report["budget"] = {"seconds": deadline.seconds, "taken": taken, "enough": not deadline.missed}
     return report
 
 
