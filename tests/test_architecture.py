@@ -19,7 +19,9 @@ LAYERS = {
     **dict.fromkeys(["quantizers", "roundings"], 4),
     **dict.fromkeys(["layers", "norms", "moments", "learning", "blocks", "tracing", "partition", "surgery"], 5),
     **dict.fromkeys(["distances", "caching", "packed_layers", "pacing", "stepping", "resuming"], 5),
-    **dict.fromkeys(["preparation", "calibration", "perturbation", "consistency", "blockwise", "objectives"], 6),
+    **dict.fromkeys(
+        ["preparation", "calibration", "perturbation", "consistency", "blockwise", "objectives", "costs"], 6
+    ),
     **dict.fromkeys(["reconstruction", "refinement", "packing", "fusion"], 6),
     **dict.fromkeys(["checkpoint", "adaptation", "streams", "models"], 6),
     **dict.fromkeys(["pipeline", "zoo", "training", "meters", "evaluation", "report", "sources", "configuration"], 7),
@@ -43,10 +45,10 @@ BESIDE = {
     "packed_layers": {"layers"},
     "moments": {"layers"},
     "caching": {"blocks", "surgery"},
-    "pacing": {"blocks"},
+    "costs": {"blockwise"},
     "resuming": {"learning", "norms", "surgery"},
     "objectives": {"perturbation", "consistency", "blockwise"},
-    "reconstruction": {"perturbation", "consistency", "blockwise", "objectives"},
+    "reconstruction": {"perturbation", "consistency", "blockwise", "objectives", "costs"},
     "pipeline": {"report"},
     "evaluation": {"meters"},
     "report": {"evaluation"},

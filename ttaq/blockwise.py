@@ -5,6 +5,7 @@ learning); Nagel et al., arXiv:2004.10568 (learned rounding).
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ class BlockLearner:
         self.device = device_of(model)
         self.step, self.total = 0, schedule.steps
         self.factor: Tensor | float | None = None  # of the regulariser; a tensor where a graph reads it
-        self.graphed = False
+        self.graphed, self.begun = False, time.perf_counter()
         self.layers = layers_of(model, block)
         self.activations = activation_quantizers(block.resolve(model))
         self.norms = [n for m in block.resolve(model) for n in batch_norms(m)] if schedule.statistics == "batch" else []
@@ -169,6 +170,7 @@ class BlockLearner:
             if plan:
                 with undone(optimizer, self.device):
                     self.total = plan(time_calls(lambda: run(*first)))
+            self.begun = time.perf_counter()
             for step, picks in enumerate(draws(len(targets), size, self.total, self.device)):
                 self._turn_to(step)
                 set_rates(optimizer, [rate(step, self.total) for rate in rates])

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .augment import add_noise, change_light
 from .batches import Forward, change_images, count
 from .blocks import Block, block_input, run_block
-from .blockwise import BlockLearner, Plan, Schedule, layers_of
+from .blockwise import BlockLearner, Schedule, layers_of
 from .consistency import PCR, Consistency
 from .distances import squared_distance
 from .layers import QuantMatMul
@@ -87,23 +87,18 @@ class Objectives:
         if self.consistency is not None:
             self.consistency.follow(block)
 
-    def choose_strength(self, blocks: list[Block], schedule: Schedule, plan: Plan | None = None) -> dict:
+    def choose_strength(self, blocks: list[Block], schedule: Schedule) -> dict:
         """Choose PEM's strength without labels, and return how.
 
         The middle block is learned for a fifth of the steps with each of `STRENGTHS`, from float inputs, without PCR,
         on seven eighths of the images. The strength that errs least wins, if it errs less by `_MARGIN` than none does:
         the squared distance to the float block's output on the other eighth under changes of light and noise. It is
         found once and serves all blocks; random numbers go on as if it had not been asked.
-
-        Args:
-            blocks: Of the model.
-            schedule: Of the blocks.
-            plan: Chooses the steps of each pilot run, in place of a fifth of the schedule's.
         """
         with torch.random.fork_rng(_devices(self.model)):
-            return self._pilots(blocks, schedule, plan)
+            return self._pilots(blocks, schedule)
 
-    def _pilots(self, blocks, schedule, plan):
+    def _pilots(self, blocks, schedule):
         block = pilot_of(blocks)
         seen, held = self._parts(block)
         quick = replace(schedule, steps=max(1, schedule.steps // PILOT_PART))
@@ -113,8 +108,7 @@ class Objectives:
             self.pem = replace(chosen, strength=strength)
             learner = BlockLearner(self.model, block, quick, self.bases(block, seen[0]))
             self._mitigate(block, seen[0], *seen)
-            learner.learn(seen[0], *seen, self._added_mitigation, plan=plan)
-            quick, plan = replace(quick, steps=learner.total), None
+            learner.learn(seen[0], *seen, self._added_mitigation)
             learner.harden(seen[0])
             with torch.no_grad():
                 errors[strength] = squared_distance(run_block(self.model, block, held[0]), held[1]).item()

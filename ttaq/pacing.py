@@ -1,16 +1,11 @@
-"""A time budget: read, shared out over the blocks in proportion to what they cost, and found too small."""
+"""A time budget: read, shared out over the blocks by what their steps cost, and found too small."""
 
 import re
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import nn
-
-from .batches import Forward, call
-from .blocks import Block
-from .quantizers import disabled
 
 __all__ = [
     "FEWEST",
@@ -19,7 +14,7 @@ __all__ = [
     "REFINE",
     "Deadline",
     "Pace",
-    "block_costs",
+    "now",
     "seconds_of",
     "steps_of",
     "time_calls",
@@ -28,6 +23,7 @@ __all__ = [
 FEWEST = 20  # steps that a block gets however little time there is
 MOST = 20_000  # steps that a block gets unless steps= says otherwise: what published block reconstruction takes
 PILOT, REFINE = "(pilot)", "(refine)"  # beside the names of blocks: no module can be called so
+_LONG = 0.1  # seconds
 _UNITS = {"": 1, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600}
 
 
@@ -98,37 +94,49 @@ class Deadline:
 
 
 class Pace:
-    """Shares the time out: every block gets steps in proportion to the time left and to what it costs.
+    """Shares the time out: every block gets as many steps as fit for it and all blocks ahead.
 
     Args:
         deadline: When all blocks are to be done.
-        costs: Of each block by name, in any unit, in the order in which they are learned.
+        costs: Seconds of a step of each block by name, as tried before, in the order in which they are learned.
         most: Steps that a block gets at most.
     """
 
     def __init__(self, deadline: Deadline, costs: dict[str, float], most: int):
         self.deadline, self.costs, self.most = deadline, dict(costs), most
         self._other = self._done = 0.0  # seconds beside the steps, and the cost of the blocks that took them
-        self._planned = 0.0  # seconds of the steps of the next block
+        self._planned = self._taken = 0.0  # seconds of the steps of the blocks that are done
+        self._next = 0.0  # those foreseen for the next block
         self.short = False
 
-    def steps(self, name: str, seconds: float) -> int:
-        """Choose the steps of the next block, one of which takes so many seconds."""
-        ahead = sum(self.costs.values())
+    def steps(self, name: str, seconds: float | None = None) -> int:
+        """Choose the steps of the next block.
+
+        Args:
+            name: Of the block.
+            seconds: Of a step in the form in which it will run, where that is another than was tried.
+        """
+        ahead, fewest = sum(self.costs.values()), min(FEWEST, self.most)
         other = self._other / self._done * ahead if self._done else 0.0
-        wanted = (self.deadline.left - other) * self.costs[name] / ahead / max(seconds, 1e-9)
-        fewest = min(FEWEST, self.most)
+        slower = 1.0 if seconds is None else seconds / self.costs[name]
+        slower = self._taken / self._planned if self._planned else slower
+        wanted = (self.deadline.left - other) / (ahead * max(slower, 1e-9))
         self.short |= wanted < fewest
         chosen = max(min(int(wanted), self.most), fewest)
-        self._planned = chosen * seconds
+        self._next = chosen * self.costs[name]
         return chosen
 
-    def end(self, name: str, seconds: float) -> None:
-        """Note that a block is done, and took so many seconds; 0 where another process learned it."""
+    def end(self, name: str, seconds: float, learning: float) -> None:
+        """Note that a block is done, and took so many seconds, so many of them in its steps.
+
+        Both are 0 where another process learned it.
+        """
         if seconds:
-            self._other += max(0.0, seconds - self._planned)
+            self._other += seconds - learning
             self._done += self.costs[name]
-        self._planned = 0.0
+            self._taken += learning
+            self._planned += self._next
+        self._next = 0.0
         del self.costs[name]
 
     def close(self, verb: str, count: int) -> None:
@@ -159,52 +167,17 @@ def steps_of(given: Mapping) -> dict[str, int]:
     return dict(given)
 
 
-@torch.no_grad()
-def block_costs(model: nn.Module, blocks: list[Block], entry: object, forward: Forward | None) -> dict[str, float]:
-    """Time every block in one pass of the float model.
-
-    Returns:
-        Block to its share of the sum, never 0.
-    """
-    begun, taken, hooks = {}, {}, []
-
-    def begin(name):
-        def note(*_):
-            begun.setdefault(name, _now())
-
-        return note
-
-    def end(name):
-        def note(*_):
-            if name in begun:
-                taken.setdefault(name, _now() - begun[name])
-
-        return note
-
-    for block in blocks:
-        modules = block.resolve(model)
-        hooks.append(modules[0].register_forward_pre_hook(begin(block.name)))
-        hooks.append(modules[-1].register_forward_hook(end(block.name)))
-    try:
-        with disabled(model):
-            call(model, entry, forward)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    total = sum(taken.values()) or 1.0
-    return {block.name: max(taken.get(block.name, 0.0) / total, 1e-3 / len(blocks)) for block in blocks}
-
-
-def time_calls(run, count: int = 3) -> float:
-    """Return the seconds that a call takes, on average, after a first one that is not counted."""
+def time_calls(run: Callable[[], object]) -> float:
+    """Return the seconds that a call takes, after a first one that is not counted; short ones are repeated."""
     run()
-    start = _now()
-    for _ in range(count):
+    start, calls, taken = now(), 0, 0.0
+    while calls < 3 and taken < _LONG:
         run()
-    return (_now() - start) / count
+        calls, taken = calls + 1, now() - start
+    return taken / calls
 
 
-def _now():
+def now() -> float:
     """Return the time at which all that was asked of the devices is done."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()

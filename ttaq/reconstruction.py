@@ -15,11 +15,12 @@ from functools import partial
 import torch
 from torch import nn
 
-from .batches import Forward, call, collect
+from .batches import Forward, call, collect, take
 from .blocks import Block, find_blocks
 from .blockwise import BlockLearner, Schedule
 from .caching import BlockCache
 from .consistency import PCR
+from .costs import block_costs, step_costs
 from .distances import squared_distance
 from .learning import (
     Learned,
@@ -34,7 +35,7 @@ from .learning import (
     settings,
 )
 from .objectives import PILOT_PART, Objectives, pilot_of
-from .pacing import MOST, PILOT, Deadline, Pace, block_costs, steps_of
+from .pacing import MOST, PILOT, Deadline, Pace, steps_of
 from .perturbation import PEM
 from .quantizers import Quantizer, disabled
 from .resuming import Savepoint, identity
@@ -71,9 +72,9 @@ def reconstruct(
         pcr: Make each block consistent under perturbation (`consistency`).
         forward: Runs the model on one batch, `forward(model, x)`, when `model(x)` does not.
         progress: Show a bar.
-        budget: Time to take, "90s", "5min", "1h" or seconds: every block gets steps in proportion to what it costs, at
-            least `pacing.FEWEST` and at most `steps`. The clock decides, so another run gets other steps; give
-            `steps=report` to repeat this one.
+        budget: Time to take, "90s", "5min", "1h" or seconds: a step of each block is timed, and all get the same number
+            as far as these times hold, at least `pacing.FEWEST` and at most `steps`. The clock decides, so another run
+            gets other steps; give `steps=report` to repeat this one.
         cache: Bytes of a block's inputs and targets that may lie on the device, "2GiB" or a number; the others lie in
             pinned host memory or, on the CPU, in a temporary file. None for half of what is free.
         resume: A file, or a folder for one, that is written after each block; a run that finds it goes on from there
@@ -121,7 +122,8 @@ def reconstruct(
             schedule,
         )
         loop.given, loop.graph = given, graph if device.type == "cuda" and objectives.steady else False
-        loop.costs = block_costs(model, blocks, inputs[0], forward)
+        some = take(inputs[0], slice(schedule.batch_size))
+        loop.costs = (step_costs if deadline else block_costs)(model, blocks, some, forward, schedule)
         if resume is not None:
             belongs = identity(model, inputs, schedule, pem=pem, pcr=pcr, steps=given)
             loop.savepoint = Savepoint(resume, model, belongs)
@@ -184,7 +186,7 @@ class _Loop:
         if deadline:
             deadline.spend(sum(row["seconds"] for row in self.rows))
             for row in self.rows:
-                self.pace.end(row["name"], 0.0)
+                self.pace.end(row["name"], 0.0, 0.0)
         if 0 < done < len(self.blocks):  # the same passes as before, from where a block last began anew
             begin = max(i for i in range(done) if i == 0 or not self.blocks[i].chained)
             for block in self.blocks[begin:done]:
@@ -193,14 +195,13 @@ class _Loop:
         return done
 
     def _choose_strength(self):
-        schedule, plan = self.schedule, None
+        schedule = self.schedule
         if self.given:
             steps = self.given.get(PILOT) or sum(self.given.values()) // len(self.given) // PILOT_PART
             schedule = replace(schedule, steps=PILOT_PART * max(1, steps))
         elif self.pace:
-            name = pilot_of(self.blocks).name
-            plan = lambda seconds: max(1, self.pace.steps(name, seconds) // PILOT_PART)  # noqa: E731
-        return self.objectives.choose_strength(self.blocks, schedule, plan)
+            schedule = replace(schedule, steps=self.pace.steps(pilot_of(self.blocks).name))
+        return self.objectives.choose_strength(self.blocks, schedule)
 
     def _learned(self, block, show):
         """Learn one block, again with a smaller cache where memory runs out; return its row of the report."""
@@ -228,19 +229,24 @@ class _Loop:
         start = time.perf_counter()
         quantised, floats, targets = self.cache.advance(block)
         before = self._loss(block, quantised, targets)
-        schedule = replace(self.schedule, steps=max(1, self.given[block.name])) if self.given else self.schedule
+        schedule, plan = self.schedule, None
+        if self.given:
+            schedule = replace(schedule, steps=max(1, self.given[block.name]))
+        elif self.pace:
+            schedule = replace(schedule, steps=self.pace.steps(block.name))
+            plan = partial(self.pace.steps, block.name) if self.graph is not False else None
         learner = BlockLearner(self.model, block, schedule, self.objectives.bases(block, floats))
         self.objectives.begin(block, quantised, floats, targets)
-        how = {"plan": partial(self.pace.steps, block.name) if self.pace else None, "graph": self.graph}
         steps = 0
-        for _ in learner.steps(quantised, floats, targets, self.objectives, **how):
+        for _ in learner.steps(quantised, floats, targets, self.objectives, plan=plan, graph=self.graph):
             steps += 1
             show(steps / learner.total)
+        learning = time.perf_counter() - learner.begun
         learner.harden(quantised)
         after = self._loss(block, quantised, targets)
         seconds = round(time.perf_counter() - start, 3)
         if self.pace:
-            self.pace.end(block.name, seconds)
+            self.pace.end(block.name, seconds, learning)
         row = {"name": block.name, "layers": list(block.layers), "before": before, "after": after}
         return row | {"steps": steps, "seconds": seconds} | ({"graph": True} if learner.graphed else {})
 
