@@ -4,7 +4,6 @@ Source: Li et al., BRECQ, arXiv:2102.05426 (blocks); Wei et al., QDrop, arXiv:22
 learning); Nagel et al., arXiv:2004.10568 (learned rounding).
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,7 +21,7 @@ from .norms import batch_norms, live, measure_again
 from .pacing import time_calls
 from .quantizers import clamp_scales
 from .roundings import AdaRound, StraightThrough
-from .stepping import Captured, draws, set_rates, undone
+from .stepping import Captured, cosine, draws, set_rates, steady, undone
 from .stores import rows
 from .surgery import device_of
 
@@ -262,7 +261,7 @@ class BlockLearner:
             quantizer.scale.requires_grad_(True)
             groups.append({"params": [quantizer.scale], "lr": schedule.scale_lr * quantizer.scale.mean().item()})
             decays.append(True)
-        kinds = [_cosine if decay else _steady for decay in decays]
+        kinds = [cosine if decay else steady for decay in decays]
         rates = [kind(group["lr"]) for kind, group in zip(kinds, groups, strict=True)]
         return adam(groups, capturable=self.device.type == "cuda"), rates
 
@@ -278,14 +277,6 @@ class BlockLearner:
             self.factor.fill_(factor)
         else:
             self.factor = factor if done >= 0 else None
-
-
-def _cosine(base):
-    return lambda step, steps: base * ((1 + math.cos(math.pi * step / steps)) / 2)
-
-
-def _steady(base):
-    return lambda step, steps: base
 
 
 def _mix(x: Tensor, other: Tensor, share: float) -> None:

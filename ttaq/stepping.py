@@ -1,12 +1,13 @@
 """How a step runs: as it is, or on a GPU captured once for a block in a CUDA graph and replayed."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-__all__ = ["Captured", "draws", "set_rates", "undone"]
+__all__ = ["Captured", "cosine", "draws", "set_rates", "steady", "undone"]
 
 _WARMUP = 3  # runs before the capture, in which libraries choose their kernels and take their workspaces
 
@@ -76,6 +77,16 @@ def set_rates(optimizer: torch.optim.Optimizer, rates: list[float]) -> None:
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
+
+
+def cosine(base: float) -> Callable[[int, int], float]:
+    """Return a rate, by step and number of steps, that falls from `base` to 0 along a cosine."""
+    return lambda step, steps: base * ((1 + math.cos(math.pi * step / steps)) / 2)
+
+
+def steady(base: float) -> Callable[[int, int], float]:
+    """Return a rate, by step and number of steps, that stays what it is."""
+    return lambda step, steps: base
 
 
 def draws(total: int, size: int, steps: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
