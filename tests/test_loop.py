@@ -4,14 +4,19 @@ import os
 import tempfile
 import warnings
 
+import numpy as np
 import pytest
 import torch
+from test_datasets import noise
 from tiny import assert_unchanged, calibrated, input_of, resnet, snapshot, vit
+from typer.testing import CliRunner
 
 import ttaq
-from ttaq import PCR, blockwise, learning, reconstruct
+from ttaq import PCR, blockwise, cli, learning, reconstruct
+from ttaq.checkpoint import read_header
 from ttaq.learning import progress_bar
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* images are few")
 QUICK = {"steps": 6, "batch_size": 4, "rounding_lr": 0.05, "progress": False}
 
 
@@ -122,3 +127,20 @@ def test_the_bar_goes_from_nothing_to_all(monkeypatch):
     named = [changes["description"] for changes in seen if "description" in changes]
     assert named[0] == "reconstruct patches (1 of 4)"
     assert any(isinstance(column, learning.TimeRemainingColumn) for column in bars[0].columns)
+
+
+def test_the_command_line_takes_a_budget_and_a_file_to_resume_from(tmp_path):
+    np.savez(tmp_path / "clean.npz", images=noise(24, seed=5), labels=np.arange(24) % 6)
+    given = ["quantize", "tiny:resnet", "--data", tmp_path / "clean.npz", "--out", tmp_path / "model.safetensors"]
+    given += ["--steps", 4, "--images", 16, "--mean", "0.5,0.5,0.4", "--size", 16]
+    options = ["--budget", "1min", "--resume", tmp_path / "state.safetensors"]
+    for more, said in ((options, "layers packed"), (["--method", "rtn", *options], "takes no budget, resume")):
+        result = CliRunner().invoke(cli.app, [str(word) for word in (*given, *more)])
+        assert said in result.output
+    assert (tmp_path / "state.safetensors").exists()
+    report = read_header(tmp_path / "model.safetensors")["report"]
+    assert report["budget"]["seconds"] == 60
+    assert [row["steps"] for row in report["blocks"]] == [2] * 5
+    result = CliRunner().invoke(cli.app, [str(word) for word in (*given, "--budget", "soon")])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("ttaq: budget: wanted seconds above 0")

@@ -15,7 +15,7 @@ from ttaq.costs import block_costs, step_costs
 from ttaq.learning import frozen
 from ttaq.pacing import FEWEST, MOST, PILOT, REFINE, Deadline, Pace, seconds_of, steps_of
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* images are few")
+pytestmark = pytest.mark.filterwarnings("ignore:.* images are few", "ignore:.*the budget of")
 QUICK = {"batch_size": 4, "progress": False}
 
 
