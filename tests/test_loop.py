@@ -36,7 +36,7 @@ def test_any_cache_gives_the_same_codes(name, options, tmp_path, monkeypatch):
         models.append(model)
     assert states_equal(models[0], models[1])
     assert states_equal(models[0], models[2])
-    assert os.listdir(tmp_path) == []
+    assert not [name for name in os.listdir(tmp_path) if name.startswith("ttaq-")]
 
 
 def failing(monkeypatch, *calls):
@@ -132,7 +132,7 @@ def test_the_bar_goes_from_nothing_to_all(monkeypatch):
 def test_the_command_line_takes_a_budget_and_a_file_to_resume_from(tmp_path):
     np.savez(tmp_path / "clean.npz", images=noise(24, seed=5), labels=np.arange(24) % 6)
     given = ["quantize", "tiny:resnet", "--data", tmp_path / "clean.npz", "--out", tmp_path / "model.safetensors"]
-    given += ["--steps", 4, "--images", 16, "--mean", "0.5,0.5,0.4", "--size", 16]
+    given += ["--steps", 4, "--images", 16, "--mean", "0.5,0.5,0.4"]
     options = ["--budget", "1min", "--resume", tmp_path / "state.safetensors"]
     for more, said in ((options, "layers packed"), (["--method", "rtn", *options], "takes no budget, resume")):
         result = CliRunner().invoke(cli.app, [str(word) for word in (*given, *more)])
