@@ -32,6 +32,7 @@ OLD = {"iid": "continual", "correlated": "correlated", "longtail": "long-tailed"
 STREAMS = {name: ORDERS[order] for name, order in OLD.items()}
 STREAMS |= {name: make for name, make in ORDERS.items() if name not in OLD.values()}
 FLOAT = "w32a32"
+UNLEARNED = ("rtn", "gptq")  # ways of quantising without steps
 DESCENDING = ("tent", "eta", "eata", "sar", "deyo")  # adapters that take a loss, and passes
 
 
@@ -84,7 +85,7 @@ class Grid:
     def _model(self, seed, bits, method, options):
         """Measure one model, clean and in every cell."""
         base = {"model": self.subject.name, "bits": bits, "method": method, "seed": seed}
-        base["steps"] = options.steps if method not in ("none", "rtn") else 0
+        base["steps"] = options.steps if method not in ("none", *UNLEARNED) else 0
         model = None
         cells = [("none", "", "", "clean"), *_cells(options)]
         for adapter, loss, statistics, stream in cells:
@@ -173,7 +174,7 @@ def packed_model(subject: Subject, cache: Path, device: str, base: dict, images:
     path = cache / f"{name}-{images}.safetensors"
     facts = {}
     if not path.exists():
-        settings = {} if base["method"] == "rtn" else {"steps": base["steps"], "seed": base["seed"]}
+        settings = {} if base["method"] in UNLEARNED else {"steps": base["steps"], "seed": base["seed"]}
         batches = [x.to(device) for x, _ in subject.calibration.batches(128)]
         start = time.perf_counter()
         made = ttaq.quantize(

@@ -99,7 +99,7 @@ def _cells(rows):
             for width in widths:
                 cells[(width, *cell[1:])]["float"] = found["none"]
             del cells[cell]
-    order = ("float", "rtn", "qdrop", "pem", "pcr", "ttaq")
+    order = ("float", "rtn", "gptq", "qdrop", "pem", "pcr", "ttaq")
     there = {method for found in cells.values() for method in found}
     return dict(sorted(cells.items())), [method for method in order if method in there]
 

@@ -159,3 +159,24 @@ def test_an_interrupted_solve_leaves_the_model_as_it_was(monkeypatch):
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_quantize_takes_it_as_a_method_and_refuses_what_needs_steps():
+    model, batches = ttaq.models.ResNet(depth=8, classes=6, width=4).eval(), [images(16, seed=3)]
+    quantised = ttaq.quantize(model, batches, "w3a8", method="gptq", damping=0.05, progress=False)
+    assert quantised.ttaq_report["method"] == "gptq"
+    assert quantised.ttaq_report["damping"] == 0.05
+    refined = ttaq.quantize(
+        model, batches, "w3a8", method="gptq", refinement=ttaq.Refinement(steps=2, batch_size=4), progress=False
+    )
+    assert "refinement" in refined.ttaq_report
+    with pytest.raises(ValueError, match=r"quantize: codes in closed form takes no steps, budget; use method='ttaq'"):
+        ttaq.quantize(model, batches, "w3a8", method="gptq", steps=5, budget="5min")
+
+
+def test_a_small_cache_gives_the_same_codes():
+    one, other = calibrated("resnet", "w3a8"), calibrated("resnet", "w3a8")
+    solve(one, [images(32, seed=3)], **QUIET)
+    solve(other, [images(32, seed=3)], cache=1000, **QUIET)
+    for (name, value), same in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(value, same), name

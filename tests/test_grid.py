@@ -246,7 +246,7 @@ def test_statistics_are_read(bench):
     ("args", "says"),
     [
         (["--losses", "abel"], "argument --losses: takes entropy, abl, abl-corrected, dot, got abel"),
-        (["--methods", "qdrop,x,y"], "argument --methods: takes ttaq, pem, pcr, qdrop, rtn, got x, y"),
+        (["--methods", "qdrop,x,y"], "argument --methods: takes ttaq, pem, pcr, qdrop, gptq, rtn, got x, y"),
         (["--adapters", "lame"], "argument --adapters: takes source, norm, tent, eta, eata, sar, deyo, got lame"),
         (
             ["--streams", "still"],

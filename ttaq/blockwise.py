@@ -4,9 +4,9 @@ Source: Li et al., BRECQ, arXiv:2102.05426 (blocks); Wei et al., QDrop, arXiv:22
 learning); Nagel et al., arXiv:2004.10568 (learned rounding).
 """
 
-import math
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,14 +18,22 @@ from .distances import squared_distance
 from .layers import QuantConv2d, QuantLinear
 from .learning import activation_quantizers, adam, quant_layers
 from .norms import batch_norms, live, measure_again
+from .pacing import time_calls
 from .quantizers import clamp_scales
 from .roundings import AdaRound, StraightThrough
+from .stepping import Captured, cosine, draws, set_rates, steady, undone
+from .stores import rows
+from .surgery import device_of
 
 ROUNDINGS = {"adaround": AdaRound, "ste": StraightThrough}
+DTYPES = ("float32", "bfloat16")  # float16 would need its losses scaled
 
 Extra = Callable[[int, Tensor, Tensor, Tensor, list], Tensor | float]
 """What a step adds to the loss: called with the step, what the block was given, what it gave, the numbers of the images
 and the roundings."""
+
+Plan = Callable[[float], int]
+"""Chooses the steps of a block by the seconds that one of them takes."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,9 @@ class Schedule:
         warmup: Share of the steps without the regulariser.
         statistics: "source" learns a block under the stored BatchNorm statistics; "batch" under those of each batch,
             and then measures the stored ones again.
+        dtype: Of the block's products while it learns, "float32" or "bfloat16" (also as torch.bfloat16): autocast, so
+            that norms, softmax, quantisers and the loss stay in float32. "float32" leaves a half-precision model as it
+            is.
         seed: Of the order of images and of what is dropped.
     """
 
@@ -55,9 +66,13 @@ class Schedule:
     penalty: float = 0.01
     warmup: float = 0.2
     statistics: str = "source"
+    dtype: str = "float32"
     seed: int = 0
 
     def __post_init__(self):
+        object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+        if self.dtype not in DTYPES:
+            raise ValueError(f"reconstruct: dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"reconstruct: rounding must be one of {', '.join(ROUNDINGS)}, got {self.rounding!r}")
         if self.steps < 1 or self.batch_size < 1:
@@ -82,6 +97,10 @@ class BlockLearner:
 
     def __init__(self, model: nn.Module, block: Block, schedule: Schedule, bases: dict[str, Tensor] | None = None):
         self.model, self.block, self.schedule = model, block, schedule
+        self.device = device_of(model)
+        self.step, self.total = 0, schedule.steps
+        self.factor: Tensor | float | None = None  # of the regulariser; a tensor where a graph reads it
+        self.graphed, self.begun = False, time.perf_counter()
         self.layers = layers_of(model, block)
         self.activations = activation_quantizers(block.resolve(model))
         self.norms = [n for m in block.resolve(model) for n in batch_norms(m)] if schedule.statistics == "batch" else []
@@ -97,7 +116,7 @@ class BlockLearner:
         """The roundings of the block's layers."""
         return [layer.weight_quantizer.rounding for layer in self.layers.values()]
 
-    def learn(self, quantised: Tensor, floats: Tensor, targets: Tensor, extra: Extra | None = None) -> None:
+    def learn(self, quantised: Tensor, floats: Tensor, targets: Tensor, extra: Extra | None = None, **options) -> None:
         """Run the steps: images at random, part of the input and of the activations left unquantised.
 
         Args:
@@ -105,30 +124,89 @@ class BlockLearner:
             floats: Those from the float prefix.
             targets: The float block's outputs.
             extra: Adds to the loss of each step.
+            options: `plan` and `graph` of `steps`.
         """
-        for _ in self.steps(quantised, floats, targets, extra):
+        for _ in self.steps(quantised, floats, targets, extra, **options):
             pass
 
-    def steps(self, quantised: Tensor, floats: Tensor, targets: Tensor, extra: Extra | None = None) -> Iterator[Tensor]:
-        """Run one step of `learn` after the other, and give the loss of each, ()."""
+    def steps(
+        self,
+        quantised: Tensor,
+        floats: Tensor,
+        targets: Tensor,
+        extra: Extra | None = None,
+        *,
+        plan: Plan | None = None,
+        graph: bool | None = False,
+    ) -> Iterator[Tensor]:
+        """Run one step of `learn` after the other, and give the loss of each, (), which holds until the next.
+
+        Args:
+            quantised: As in `learn`; each of the three may lie outside the device, see `stores.Room`.
+            floats: As in `learn`.
+            targets: As in `learn`.
+            extra: As in `learn`.
+            plan: Chooses the number of steps, in place of the schedule, once the first ones were timed and undone.
+            graph: Replay the step as a CUDA graph; None where it is on a GPU and can be captured.
+        """
         learned = self._learned()
         if not self.layers and not learned:
             return
-        optimizer, scheduler = self._optimizers(learned)
+        optimizer, rates = self._optimizers(learned)
         size = min(self.schedule.batch_size, len(targets))
+
+        def given(picked, on_host):
+            x, target = (rows(store, picked, self.device, on_host) for store in (quantised, targets))
+            return picked, x, rows(floats, picked, self.device, on_host) if self.schedule.drop else None, target
+
         with self._dropping():
-            for step in range(self.schedule.steps):
-                picked = torch.randint(len(targets), (size,), device=targets.device)
-                x, target = quantised.index_select(0, picked), targets.index_select(0, picked)
-                if self.schedule.drop:
-                    _mix(x, floats.index_select(0, picked), self.schedule.drop)
-                optimizer.zero_grad()
-                loss = self._loss(step, x, target, picked, extra)
-                loss.backward()
-                optimizer.step()
-                scheduler.step()
-                clamp_scales(learned)
-                yield loss.detach()
+            run = self._step(optimizer, learned, extra)
+            if plan or graph is not False:
+                numbers = torch.arange(size)
+                first = given(numbers.to(self.device), numbers)
+            if graph is not False:
+                run = self._captured(run, first, optimizer, graph)
+            if plan:
+                with undone(optimizer, self.device):
+                    self.total = plan(time_calls(lambda: run(*first)))
+            self.begun = time.perf_counter()
+            for step, picks in enumerate(draws(len(targets), size, self.total, self.device)):
+                self._turn_to(step)
+                set_rates(optimizer, [rate(step, self.total) for rate in rates])
+                yield run(*given(*picks))
+
+    def _step(self, optimizer, learned, extra):
+        """Return what runs one step, given the numbers of the images, their two inputs and their targets."""
+
+        def run(picked, x, other, target):
+            if other is not None:
+                _mix(x, other, self.schedule.drop)
+            optimizer.zero_grad()
+            loss = self._loss(x, target, picked, extra)
+            loss.backward()
+            optimizer.step()
+            clamp_scales(learned)
+            return loss.detach()
+
+        return run
+
+    def _captured(self, run, first, optimizer, graph):
+        """Return the step as a graph; where it cannot be captured and need not, as it is."""
+        self.factor = torch.zeros((), device=self.device)
+        try:
+            captured = Captured(run, first, optimizer)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if graph:
+                reason = str(error).strip().partition("\n")[0]
+                raise ValueError(
+                    f"reconstruct: block {self.block.name} cannot be captured ({reason}); leave graph=None"
+                ) from error
+            self.factor = None
+            return run
+        self.graphed = True
+        return captured
 
     @contextmanager
     def _dropping(self) -> Iterator[None]:
@@ -144,19 +222,24 @@ class BlockLearner:
         """Decide the codes; where batches brought their own statistics, measure the stored ones on `inputs`."""
         for layer in self.layers.values():
             layer.weight_quantizer.harden()
-        parts = (inputs[piece] for piece in pieces(len(inputs), size))
+        parts = (rows(inputs, piece, self.device) for piece in pieces(len(inputs), size))
         measure_again(self.norms, (lambda part=part: run_block(self.model, self.block, part) for part in parts))
 
-    def _loss(self, step, x, target, picked, extra):
-        regularised = self._sharpen(step)
+    def _loss(self, x, target, picked, extra):
         with live(self.norms):
-            output = run_block(self.model, self.block, x)
+            with self._autocast():
+                output = run_block(self.model, self.block, x)
             loss = squared_distance(output, target)
             if extra is not None:
-                loss = loss + extra(step, x, output, picked, self.roundings)
-        if regularised:
-            loss = loss + self.schedule.penalty * sum(r.penalty for r in self.roundings if r.penalty is not None)
+                loss = loss + extra(self.step, x, output, picked, self.roundings)
+        if self.factor is not None:
+            loss = loss + self.factor * sum(r.penalty for r in self.roundings if r.penalty is not None)
         return loss
+
+    def _autocast(self):
+        if self.schedule.dtype == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=getattr(torch, self.schedule.dtype))
 
     def _learned(self):
         """List the quantisers whose scales learn: those of activations, and under "ste" those of weights."""
@@ -164,7 +247,10 @@ class BlockLearner:
         return learned + [m.weight_quantizer for m in self.layers.values() if self.schedule.rounding == "ste"]
 
     def _optimizers(self, learned):
-        """Give one Adam over roundings at a constant rate and scales whose rate falls to 0 along a cosine."""
+        """Give one Adam, and for each of its groups what gives its rate at a step of so many.
+
+        Roundings keep theirs, that of scales falls to 0 along a cosine.
+        """
         schedule, groups, decays = self.schedule, [], []
         for layer in self.layers.values():
             quantizer = layer.weight_quantizer
@@ -175,19 +261,22 @@ class BlockLearner:
             quantizer.scale.requires_grad_(True)
             groups.append({"params": [quantizer.scale], "lr": schedule.scale_lr * quantizer.scale.mean().item()})
             decays.append(True)
-        optimizer = adam(groups)
-        cosine = lambda step: (1 + math.cos(math.pi * step / schedule.steps)) / 2  # noqa: E731
-        rates = [cosine if decay else (lambda step: 1.0) for decay in decays]
-        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
+        kinds = [cosine if decay else steady for decay in decays]
+        rates = [kind(group["lr"]) for kind, group in zip(kinds, groups, strict=True)]
+        return adam(groups, capturable=self.device.type == "cuda"), rates
 
-    def _sharpen(self, step) -> bool:
-        """Set the sharpness of AdaRound's regularisers, 20 falling to 2 after the warm-up; say whether that is over."""
-        schedule = self.schedule
-        done = (step / schedule.steps - schedule.warmup) / max(1 - schedule.warmup, 1e-9)
+    def _turn_to(self, step):
+        """Set what depends on the step: the regulariser, which begins after the warm-up, and how sharp it is."""
+        self.step, schedule = step, self.schedule
+        done = (step / self.total - schedule.warmup) / max(1 - schedule.warmup, 1e-9)
         if schedule.rounding == "adaround":
             for rounding in self.roundings:
                 rounding.beta.fill_(20.0 if done < 0 else 2 + 18 * max(0.0, 1 - done))
-        return done >= 0
+        factor = schedule.penalty if done >= 0 else 0.0
+        if isinstance(self.factor, Tensor):
+            self.factor.fill_(factor)
+        else:
+            self.factor = factor if done >= 0 else None
 
 
 def _mix(x: Tensor, other: Tensor, share: float) -> None:

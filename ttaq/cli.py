@@ -100,9 +100,15 @@ def quantize(
     weights: Annotated[Path | None, typer.Option(help="Local .safetensors or .pth state_dict.")] = None,
     num_classes: Annotated[int | None, typer.Option(min=1, help="Handed to the model's builder.")] = None,
     images: Annotated[int, typer.Option(min=1, help="To calibrate on.")] = 1024,
-    method: Annotated[str, typer.Option(help="ttaq, pem, pcr, qdrop or rtn (round to nearest).")] = "ttaq",
+    method: Annotated[
+        str, typer.Option(help="ttaq, pem, pcr, qdrop, gptq (seconds a block) or rtn (round to nearest).")
+    ] = "ttaq",
     steps: Annotated[
         int | None, typer.Option(min=1, help="Of reconstruction; ttaq gives half to each block, half to the whole.")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="Time to quantise in, such as 90s, 5min or 1h.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="File written after each block; a killed run goes on from it.")
     ] = None,
     size: Annotated[int | None, typer.Option(min=1, help="Side of the images; default: the model's own.")] = None,
     mean: Triple = None,
@@ -116,7 +122,7 @@ def quantize(
     report = quantize_reference(
         model, data, out, bits=bits, method=method, weights=weights, num_classes=num_classes, images=images,
         steps=steps, size=size, mean=_triple("mean", mean), std=_triple("std", std), classes=_names(classes),
-        seed=seed, device=device, progress=not quiet and Console().is_terminal,
+        seed=seed, device=device, budget=budget, resume=resume, progress=not quiet and Console().is_terminal,
     )  # fmt: skip
     if weights is None:
         typer.echo("note: no --weights were given, so the model's weights are random", err=True)

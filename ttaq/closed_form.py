@@ -22,13 +22,14 @@ from torch.nn import functional as F
 from .batches import Forward, collect
 from .blocks import find_blocks, run_block
 from .caching import BlockCache
-from .distances import squared_distance
 from .layers import QuantConv2d, QuantLinear, pad_input
 from .learning import check_ready, frozen, progress_bar, quant_layers, restored_on_failure
 from .moments import measure_noise
 from .perturbation import PEM
 from .quantizers import WeightQuantizer, broadcast, disabled
 from .reconstruction import layer_sqnr
+from .stores import bytes_of
+from .stores import rows as taken
 from .surgery import device_of, evaluating
 
 COLUMNS = 128  # that are rounded before the rest is brought up to date, in one product
@@ -44,6 +45,7 @@ def solve(
     pem: PEM | None = None,
     forward: Forward | None = None,
     progress: bool = True,
+    cache: str | int | None = None,
 ) -> dict:
     """Choose the codes of every weight in closed form: seconds a block where `reconstruct` takes minutes.
 
@@ -56,6 +58,7 @@ def solve(
         pem: Its `strength` and `snr` make the ridge r; None for none.
         forward: Runs the model on one batch, `forward(model, x)`, when `model(x)` does not.
         progress: Show a bar.
+        cache: As in `reconstruct`.
 
     Returns:
         `model.ttaq_report`, with "blocks" (loss before and after, seconds) and "sqnr" (dB of each layer).
@@ -70,18 +73,19 @@ def solve(
     rows = []
     with torch.inference_mode(False), evaluating(model), frozen(model), restored_on_failure(model):
         blocks = find_blocks(model, inputs[0], forward)
-        cache, layers = BlockCache(model, inputs, forward), quant_layers(model)
+        store = BlockCache(model, inputs, forward, None if cache is None else bytes_of(cache))
+        layers = quant_layers(model)
         noise = _noise(model, inputs, forward, pem)
         with progress_bar(progress) as bar:
             task = bar.add_task("solve", total=len(blocks))
             for block in blocks:
                 start = time.perf_counter()
-                quantised, floats, targets = cache.advance(block)
-                before = squared_distance(cache.run(block, quantised), targets).item()
+                quantised, floats, _ = store.advance(block)
+                before = store.loss(block)
                 for name in (n for n in block.layers if n in layers and layers[n].weight_quantizer is not None):
                     ridge = _ridge(layers[name], noise.get(name), pem)
                     _solve_layer(model, block, layers[name], quantised, floats, damping, ridge)
-                after = squared_distance(cache.run(block, quantised), targets).item()
+                after = store.loss(block)
                 row = {"name": block.name, "layers": list(block.layers), "before": before, "after": after}
                 rows.append(row | {"seconds": round(time.perf_counter() - start, 3)})
                 bar.advance(task)
@@ -94,7 +98,9 @@ def solve(
 def _solve_layer(model, block, layer, quantised, floats, damping, ridge):
     """Set the codes of one layer, those before it in its block having theirs."""
     hessian = cross = count = 0
-    for x, other in zip(quantised.split(PIECE), floats.split(PIECE), strict=True):
+    for start in range(0, len(quantised), PIECE):
+        part = slice(start, start + PIECE)
+        x, other = (taken(whole, part, layer.weight.device) for whole in (quantised, floats))
         seen = _given(layer, lambda x=x: run_block(model, block, x))
         with disabled(model):
             meant = _given(layer, lambda x=other: run_block(model, block, x))

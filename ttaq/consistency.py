@@ -26,6 +26,7 @@ from .distances import softened_divergence, squared_distance
 from .learning import activation_quantizers
 from .quantizers import disabled
 from .roundings import sharing
+from .stores import rows
 from .tracing import leaves, swap
 
 PERTURBATIONS = ("step", "gauss", "drop", "input")
@@ -96,6 +97,11 @@ class Consistency:
         if self.views is not None:
             self.perturbed, _, _ = self.views.advance(block)
 
+    def follow(self, block: Block) -> None:
+        """Pass a block that is learned already."""
+        if self.views is not None:
+            self.views.advance(block)
+
     def __call__(self, step: int, x: Tensor, output: Tensor, picked: Tensor, roundings: list) -> Tensor | float:
         """Return the weighted term of one step, 0 where this step leaves it out.
 
@@ -109,11 +115,13 @@ class Consistency:
         if step % self.pcr.every:
             return 0.0
         with sharing(roundings), self._perturbed():
-            other = run_block(self.model, self.block, x if self.views is None else self.perturbed[picked])
+            other = run_block(
+                self.model, self.block, x if self.views is None else rows(self.perturbed, picked, x.device)
+            )
         return self.pcr.strength * self.pcr.every * self._distance(output, other, picked)
 
     def _distance(self, output, other, picked):
-        target = self.targets[picked]
+        target = rows(self.targets, picked, output.device)
         if self.pcr.objective == "feature":
             return squared_distance(other, target)
         with torch.no_grad():

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from dataclasses import fields
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
 
 from .layers import QuantConv2d, QuantLinear
 from .norms import MOMENTS, batch_norms, forget_float
@@ -21,6 +21,11 @@ def quant_layers(model: nn.Module) -> dict[str, QuantLinear | QuantConv2d]:
 def quantizers(model: nn.Module) -> list[Quantizer]:
     """List the quantisers of a model."""
     return [m for m in model.modules() if isinstance(m, Quantizer)]
+
+
+def quantizers_by_name(model: nn.Module) -> dict[str, Quantizer]:
+    """Name the quantisers of a model."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, Quantizer)}
 
 
 def activation_quantizers(modules: Iterable[nn.Module]) -> list[ActivationQuantizer]:
@@ -50,10 +55,17 @@ def settings(verb: str, kind: type, given: object | None, options: dict) -> obje
     return given or kind(**options)
 
 
-def adam(groups: list[dict]) -> torch.optim.Adam:
-    """Give Adam over groups of dense parameters: an update in one pass over their memory where torch has that."""
+def adam(groups: list[dict], *, capturable: bool = False) -> torch.optim.Adam:
+    """Give Adam over groups of dense parameters: an update in one pass over their memory where torch has that.
+
+    Args:
+        groups: Parameters and their rates.
+        capturable: A CUDA graph may hold its steps: rates and counts are tensors on the device.
+    """
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for group in groups for p in group["params"])
-    return torch.optim.Adam(groups, fused=fused)
+    if capturable:
+        groups = [group | {"lr": torch.tensor(group["lr"], device=group["params"][0].device)} for group in groups]
+    return torch.optim.Adam(groups, fused=fused, capturable=capturable)
 
 
 @contextmanager
@@ -120,7 +132,25 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def progress_bar(shown: bool) -> Progress:
-    """Make the bar that shows how far the work has come."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+def generators(device: torch.device) -> list[Tensor]:
+    """Return the states of the random numbers' generators: the host's, and that of a GPU."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+def set_generators(device: torch.device, states: list[Tensor]) -> None:
+    """Set what `generators` gave."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
+
+
+def progress_bar(shown: bool, *, whole: bool = False) -> Progress:
+    """Make the bar that shows how far the work has come, and the time that is left.
+
+    Args:
+        shown: Whether there is one.
+        whole: Show the share of the whole instead of so many of so many.
+    """
+    share = TaskProgressColumn() if whole else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), share, TimeRemainingColumn())
     return Progress(*columns, disable=not shown, transient=True)

@@ -19,7 +19,7 @@ from .quantizers import disabled
 from .surgery import device_of
 
 _LOOK = 256  # images that PEM's moments come from
-_PILOT = 5  # a pilot run takes a fifth of the steps
+PILOT_PART = 5  # a pilot run takes a fifth of the steps
 _MARGIN = 0.02  # of the error without PEM: what chance alone makes between pilots
 
 
@@ -47,6 +47,7 @@ class Objectives:
         """Return the preconditioned weights of a block's layers; none unless PEM asks for them."""
         if not (self.pem and self.pem.precondition):
             return {}
+        floats = floats.to(device_of(self.model))
         with disabled(self.model):
             return preconditioned(layers_of(self.model, block), self._run(block, floats, floats), self.pem, self.noise)
 
@@ -60,10 +61,11 @@ class Objectives:
         """Form PEM for a block."""
         self.propagation = None
         if self.pem and self.pem.strength:
+            quantised, floats, targets = (t[:_LOOK].to(device_of(self.model)) for t in (quantised, floats, targets))
             layers = layers_of(self.model, block) | _products(self.model, block)
-            run = self._run(block, quantised[:_LOOK], floats[:_LOOK])
+            run = self._run(block, quantised, floats)
             self.propagation = Propagation(self.model, layers, self.pem, self.noise, run, self.weights)
-            self.scale = self.pem.strength * squared_distance(targets[:_LOOK], torch.zeros_like(targets[:_LOOK]))
+            self.scale = self.pem.strength * squared_distance(targets, torch.zeros_like(targets))
 
     def __call__(self, step: int, x: Tensor, output: Tensor, picked: Tensor, roundings: list) -> Tensor | float:
         """Return what one step adds to the loss."""
@@ -74,6 +76,16 @@ class Objectives:
 
     def _added_mitigation(self, *_):
         return 0.0 if self.propagation is None else self.scale * self.propagation()
+
+    @property
+    def steady(self) -> bool:
+        """Whether every step adds the same terms, so that one of them can be captured and replayed."""
+        return self.consistency is None
+
+    def follow(self, block: Block) -> None:
+        """Pass a block that is learned already."""
+        if self.consistency is not None:
+            self.consistency.follow(block)
 
     def choose_strength(self, blocks: list[Block], schedule: Schedule) -> dict:
         """Choose PEM's strength without labels, and return how.
@@ -87,9 +99,9 @@ class Objectives:
             return self._pilots(blocks, schedule)
 
     def _pilots(self, blocks, schedule):
-        block = blocks[len(blocks) // 2]
+        block = pilot_of(blocks)
         seen, held = self._parts(block)
-        quick = replace(schedule, steps=max(1, schedule.steps // _PILOT))
+        quick = replace(schedule, steps=max(1, schedule.steps // PILOT_PART))
         start, errors = Learned(self.model), {}
         chosen = self.pem
         for strength in STRENGTHS:
@@ -103,7 +115,7 @@ class Objectives:
             start.restore()
         best = min(errors, key=errors.get)
         self.pem = replace(chosen, strength=best if errors[best] <= (1 - _MARGIN) * errors[0.0] else 0.0)
-        return {"strength": self.pem.strength, "pilot": block.name, "errors": errors}
+        return {"strength": self.pem.strength, "pilot": block.name, "errors": errors, "pilot_steps": quick.steps}
 
     @torch.no_grad()
     def _parts(self, block):
@@ -121,6 +133,11 @@ class Objectives:
 
     def _run(self, block, quantised, floats):
         return lambda coded: run_block(self.model, block, quantised if coded else floats)
+
+
+def pilot_of(blocks: list[Block]) -> Block:
+    """Pick the block on which strengths are tried: the middle one."""
+    return blocks[len(blocks) // 2]
 
 
 def _devices(model):

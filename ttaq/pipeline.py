@@ -1,13 +1,18 @@
 """quantize: prepare, calibrate, reconstruct and refine in one call."""
 
-from collections.abc import Iterable
+import os
+import time
+import warnings
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from .batches import Forward, collect, has_images
+from .batches import Forward, collect, count, has_images
 from .blockwise import Schedule
 from .calibration import calibrate
+from .closed_form import solve
 from .consistency import PCR
+from .pacing import REFINE, Deadline, steps_of
 from .perturbation import PEM
 from .preparation import prepare
 from .reconstruction import reconstruct
@@ -20,9 +25,12 @@ METHODS = {
     "pem": "QDrop's blocks with PEM alone",
     "pcr": "blocks learned under batch statistics, then the whole network refined: PCR alone",
     "qdrop": "block reconstruction (arXiv:2203.05740)",
+    "gptq": "codes in closed form, layer by layer, no gradient step (arXiv:2210.17323, arXiv:2504.02692)",
     "rtn": "rounding to nearest",
 }
-SPLIT = 0.5  # of the steps asked for: those of a block, and those of the network, where a method refines
+TAKES = {"rtn": (), "gptq": ("pem", "cache", "refinement", "damping")}  # of the arguments below, where not all
+SPLIT = 0.5  # of the steps or the time asked for: that of the blocks, and that of the network, where a method refines
+ENOUGH, ENOUGH_AT_8 = 1024, 256  # images that are known to suffice: in general, and with activations of 8 bits and more
 
 
 def quantize(
@@ -37,6 +45,10 @@ def quantize(
     forward: Forward | None = None,
     progress: bool = True,
     attention: bool = True,
+    budget: str | float | None = None,
+    cache: str | int | None = None,
+    resume: str | os.PathLike | None = None,
+    graph: bool | None = None,
     **options,
 ) -> nn.Module:
     """Quantise a float model after training, on a few hundred unlabelled images.
@@ -45,15 +57,21 @@ def quantize(
         model: The float model; left as it is.
         batches: An iterable of tensors, (x, y) pairs or dicts; read once.
         recipe: "w4a4" and the like, or a Recipe.
-        method: One of `METHODS`: "ttaq" (arXiv:2412.09899, in our form), "pem" or "pcr" alone, "qdrop", "rtn".
+        method: One of `METHODS`: "ttaq" (arXiv:2412.09899, in our form), "pem" or "pcr" alone, "qdrop", "gptq", "rtn".
         pem: In place of the method's PEM, whose noise is measured on the images (20 dB where inputs are none).
         pcr: PCR in the blocks, which no method has by itself.
         refinement: In place of the method's.
         forward: Runs the model on one batch, `forward(model, x)`, when `model(x)` does not.
         progress: Show a bar.
         attention: As in `prepare`: open the attention of libraries, so that its products are quantised.
+        budget: Time to take, "90s", "5min", "1h" or seconds, from the call to the return: as in `reconstruct`, and half
+            of it for the whole network where the method refines.
+        cache: As in `reconstruct`.
+        resume: As in `reconstruct`; the refinement of the whole network, which comes last, begins anew.
+        graph: As in `reconstruct`.
         options: Fields of `blockwise.Schedule`, such as steps and seed. "ttaq" and "pcr" take half of the steps for
             each block and half of them for the whole network, which lasts about as long as "qdrop" and a half.
+            `steps=other.ttaq_report` takes those of another run, which repeats one under a budget.
 
     Returns:
         The quantised model in eval mode, not yet packed; `ttaq_report` says what was done.
@@ -63,22 +81,37 @@ def quantize(
     """
     if method not in METHODS:
         raise ValueError(f"quantize: method must be one of {', '.join(METHODS)}, got {method!r}")
+    start, deadline = time.perf_counter(), Deadline.of(budget)
     extras = {"pem": pem, "pcr": pcr, "refinement": refinement}
-    given = list(options) + [name for name, value in extras.items() if value is not None]
-    if method == "rtn" and given:
-        raise ValueError(f"quantize: rounding to nearest takes no {', '.join(given)}; use method='ttaq'")
+    loop = {"budget": deadline, "cache": cache, "resume": resume, "graph": graph}
+    given = list(options) + [name for name, value in (extras | loop).items() if value is not None]
+    if foreign := [name for name in given if name not in TAKES.get(method, given)]:
+        raise ValueError(
+            f"quantize: {METHODS[method].partition(',')[0]} takes no {', '.join(foreign)}; use method='ttaq'"
+        )
     quantised = prepare(model, recipe, attention=attention).eval()
     inputs = collect("quantize", batches, device_of(quantised))
+    _warn_of_few(sum(map(count, inputs)), Recipe.parse(recipe))
     calibrate(quantised, inputs, forward=forward)
     settings = {"forward": forward, "progress": progress}
-    if method != "rtn":
+    refines = method in ("ttaq", "pcr") or refinement is not None
+    if method == "gptq":
+        solve(quantised, inputs, pem=pem, cache=cache, **settings, **options)
+    elif method != "rtn":
         if method in ("ttaq", "pem"):
             pem = pem or PEM(snr=None if has_images(inputs[0]) else 20.0)
         if method in ("ttaq", "pcr"):
-            options = {"statistics": "batch"} | options | {"steps": _part(options.get("steps", Schedule.steps))}
-        reconstruct(quantised, inputs, pem=pem, pcr=pcr, **settings, **options)
-    if method in ("ttaq", "pcr") or refinement:
-        refine(quantised, inputs, refinement=refinement or _matching(quantised.ttaq_report["schedule"]), **settings)
+            options = {"statistics": "batch"} | options
+            if "steps" in options or not deadline:
+                options["steps"] = _part(options.get("steps", Schedule.steps))
+        loop["budget"] = deadline.part(SPLIT) if deadline and refines else deadline
+        reconstruct(quantised, inputs, pem=pem, pcr=pcr, **settings, **loop, **options)
+    if refines:
+        refinement = refinement or _matching(quantised.ttaq_report["schedule"], options.get("steps"))
+        refine(quantised, inputs, refinement=refinement, budget=deadline, **settings)
+    if deadline:
+        taken = round(time.perf_counter() - start, 3)
+        quantised.ttaq_report["budget"] = {"seconds": deadline.seconds, "taken": taken, "enough": not deadline.missed}
     quantised.ttaq_report["method"] = method
     return quantised
 
@@ -108,10 +141,21 @@ def _change(held):
     return f"{held['before']:.3g} -> {held['after']:.3g}" if held["before"] is not None else "not measured"
 
 
-def _matching(schedule: dict) -> Refinement:
-    """Make the refinement that goes with a schedule of blocks: its seed, and as many steps."""
-    return Refinement(steps=schedule["steps"], seed=schedule["seed"])
+def _matching(schedule: dict, given: object) -> Refinement:
+    """Make the refinement that goes with a schedule of blocks: its seed, and as many steps, or those given for it."""
+    steps = schedule["steps"]
+    if isinstance(given, Mapping):
+        given = steps_of(given)
+        steps = given.get(REFINE) or max(given.values())
+    return Refinement(steps=steps, seed=schedule["seed"])
 
 
 def _part(steps):
     return max(1, round(SPLIT * steps)) if isinstance(steps, int) and steps > 0 else steps
+
+
+def _warn_of_few(images: int, recipe: Recipe) -> None:
+    enough = ENOUGH if recipe.activation and recipe.activation.bits < 8 else ENOUGH_AT_8
+    if images < enough:
+        widths = str(recipe).partition(",")[0]
+        warnings.warn(f"quantize: {images} images are few for {widths}; {enough:,} are known to suffice", stacklevel=3)

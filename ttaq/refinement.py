@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,10 @@ from .learning import (
     settings,
 )
 from .norms import batch_norms, live, measure_again
+from .pacing import FEWEST, MOST, Deadline, time_calls
 from .quantizers import ActivationQuantizer, clamp_scales, disabled
 from .roundings import StraightThrough
+from .stepping import undone
 from .surgery import device_of, evaluating
 
 _PIECE, _VIEWS = 128, 4
@@ -85,6 +88,7 @@ def refine(
     refinement: Refinement | None = None,
     forward: Forward | None = None,
     progress: bool = True,
+    budget: str | float | Deadline | None = None,
     **options,
 ) -> dict:
     """Learn weights and scales of the whole network, so that perturbed images get the float model's predictions.
@@ -100,6 +104,8 @@ def refine(
         refinement: Steps, rates and the like; or give them one by one as `options`.
         forward: Runs the model on one batch, `forward(model, x)`, when `model(x)` does not.
         progress: Show a bar.
+        budget: Time to take, "90s", "5min" or seconds: it decides the steps, of which those of the refinement are then
+            the most, and `pacing.FEWEST` the least.
         options: Fields of Refinement.
 
     Returns:
@@ -108,6 +114,9 @@ def refine(
     Raises:
         ValueError: The model is not calibrated, or the images do not serve; the model is then as it was.
     """
+    deadline = Deadline.of(budget)
+    if deadline and refinement is None:
+        options = {"steps": MOST} | options
     chosen = settings("refine", Refinement, refinement, options)
     check_ready("refine", model)
     images = join(collect("refine", batches, device_of(model)))
@@ -121,7 +130,7 @@ def refine(
         seeded(chosen.seed, device_of(model)),
     ):
         task = _Task(model, images, chosen, forward)
-        outcome = task.run(progress)
+        outcome = task.run(progress, deadline)
     report = model.ttaq_report = getattr(model, "ttaq_report", {})
     report["refinement"] = asdict(chosen) | outcome | {"seconds": round(time.perf_counter() - start, 3)}
     return report
@@ -139,11 +148,14 @@ class _Task:
         self.norms = batch_norms(model) if chosen.statistics == "batch" else []
         self.generator = torch.Generator().manual_seed(chosen.seed)
 
-    def run(self, progress: bool) -> dict:
+    def run(self, progress: bool, deadline: Deadline | None = None) -> dict:
         """Learn, measure the statistics again, and keep or put back; return what to report."""
+        start = time.perf_counter()
         before, state = self._held_out(), Learned(self.model)
         layers = [m for m in quant_layers(self.model).values() if m.weight_quantizer is not None]
-        self._learn(layers, progress)
+        afterwards = 2 * (time.perf_counter() - start)  # the same once more, and the statistics
+        plan = partial(_fit, self.chosen, deadline, afterwards) if deadline else None
+        steps = self._learn(layers, progress, plan)
         for layer in layers:
             layer.weight_quantizer.harden()
         measure_again(batch_norms(self.model), self._passes())
@@ -153,23 +165,33 @@ class _Task:
         if not kept:
             state.restore()
         means = [round(values.mean().item(), 6) if len(values) else None for values in (before, after)]
-        return {"held_out": dict(zip(("before", "after"), means, strict=True)), "kept": kept}
+        return {"held_out": dict(zip(("before", "after"), means, strict=True)), "kept": kept, "steps": steps}
 
-    def _learn(self, layers, progress):
+    def _learn(self, layers, progress, plan):
+        """Run the steps, as many as were chosen or as `plan` makes of the seconds of one; return their number."""
         optimizer, learned = _optimizer(self.model, layers, self.chosen)
-        steps = self.chosen.steps
+        size, steps = min(self.chosen.batch_size, count(self.seen)), self.chosen.steps
+
+        def step():
+            picked = torch.randint(count(self.seen), (size,), generator=self.generator)
+            predictions = self.predict(take(self.seen, picked.to(device_of(self.model))), self.generator)
+            loss = softened_divergence(*predictions, self.chosen.temperature)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            clamp_scales(learned)
+
+        if plan:
+            drawn = self.generator.get_state()
+            with undone(optimizer, device_of(self.model)):
+                steps = plan(time_calls(step))
+            self.generator.set_state(drawn)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: (1 + math.cos(math.pi * k / steps)) / 2)
-        size = min(self.chosen.batch_size, count(self.seen))
         with progress_bar(progress) as bar:
             for _ in bar.track(range(steps), description="refine"):
-                picked = torch.randint(count(self.seen), (size,), generator=self.generator)
-                predictions = self.predict(take(self.seen, picked.to(device_of(self.model))), self.generator)
-                loss = softened_divergence(*predictions, self.chosen.temperature)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                step()
                 schedule.step()
-                clamp_scales(learned)
+        return steps
 
     def predict(self, entry, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return the float model's logits, without a gradient, and the quantised ones of a perturbed view."""
@@ -201,6 +223,15 @@ class _Task:
     def _passes(self):
         for piece in pieces(count(self.images), _PIECE):
             yield lambda piece=piece: call(self.model, take(self.images, piece), self.forward)
+
+
+def _fit(chosen, deadline, afterwards, seconds):
+    """Choose the steps that a deadline leaves, one of which takes so many seconds."""
+    fewest = min(FEWEST, chosen.steps)
+    wanted = int((deadline.left - afterwards) / max(seconds, 1e-9))
+    if wanted < fewest:
+        deadline.miss("refine", f"{fewest} steps of the whole network; take more time or fewer images")
+    return max(min(wanted, chosen.steps), fewest)
 
 
 def _optimizer(model, layers, chosen):

@@ -42,6 +42,8 @@ def quantize_reference(
     classes: list[str] | None = None,
     seed: int = 0,
     device: str = "cpu",
+    budget: str | None = None,
+    resume: str | Path | None = None,
     progress: bool = True,
 ) -> dict:
     """Build a model by reference, quantise it on images of a folder, and write a packed checkpoint.
@@ -63,6 +65,8 @@ def quantize_reference(
         classes: Class folders in the order of the logits.
         seed: Of the choice of images and of reconstruction.
         device: Where to work.
+        budget: Time to quantise in, such as "5min"; None for as long as the steps take.
+        resume: File that is written after each block, from which a killed run goes on.
         progress: Show a bar.
 
     Returns:
@@ -82,7 +86,8 @@ def quantize_reference(
     picked = source.take(np.random.default_rng(seed).permutation(len(source))[:images])
     batches = [x.to(device) for x, _ in picked.batches(batch_size)]
     outputs = check_outputs(model, batches[0][:1].cpu(), source, data, named=classes is not None)
-    settings = {"seed": seed} | ({} if steps is None else {"steps": steps}) if method != "rtn" else {}
+    settings = {"seed": seed} | ({} if steps is None else {"steps": steps}) if method not in ("rtn", "gptq") else {}
+    settings |= {name: value for name, value in (("budget", budget), ("resume", resume)) if value is not None}
     learned = quantize(model.to(device), batches, bits, method=method, progress=progress, **settings)
     packed = pack(learned).cpu()
     packed.ttaq_report["options"] = options

@@ -1,0 +1,103 @@
+"""How a step runs: as it is, or on a GPU captured once for a block in a CUDA graph and replayed."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+__all__ = ["Captured", "cosine", "draws", "set_rates", "steady", "undone"]
+
+_WARMUP = 3  # runs before the capture, in which libraries choose their kernels and take their workspaces
+
+Run = Callable[..., Tensor]
+"""One step: called with tensors alone, learns from them and returns the loss, ()."""
+
+
+class Captured:
+    """A step that is recorded once and then replayed on whatever is copied into its inputs.
+
+    Everything that changes between steps must be a tensor: the inputs, the rates, the sharpness of roundings.
+
+    Args:
+        run: The step; must not wait for the device.
+        inputs: Such as it is called with; each is copied.
+        optimizer: Capturable; what runs before the capture learn and draw is undone.
+    """
+
+    def __init__(self, run: Run, inputs: tuple[Tensor | None, ...], optimizer: torch.optim.Optimizer):
+        self.inputs = [t if t is None else t.clone() for t in inputs]
+        with undone(optimizer, inputs[0].device):
+            self._replay, self.loss = _record(run, self.inputs)
+
+    def __call__(self, *inputs: Tensor | None) -> Tensor:
+        """Run one step; the loss that is returned holds until the next one."""
+        for held, new in zip(self.inputs, inputs, strict=True):
+            if held is not None:
+                held.copy_(new)
+        self._replay()
+        return self.loss
+
+
+def _record(run, inputs):
+    """Capture a step; return what replays it and where it leaves the loss."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(_WARMUP):
+            run(*inputs)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = run(*inputs)
+    return graph.replay, loss
+
+
+@contextmanager
+def undone(optimizer: torch.optim.Optimizer, device: torch.device) -> Iterator[None]:
+    """Undo what steps inside learn and draw; the optimiser's own state starts from zero again, in place."""
+    learned = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, before in learned:
+                    parameter.copy_(before)
+                for state in optimizer.state.values():
+                    for tensor in state.values():
+                        tensor.zero_()
+
+
+def set_rates(optimizer: torch.optim.Optimizer, rates: list[float]) -> None:
+    """Set the rate of each group: in place where it is a tensor, which a captured step reads."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def cosine(base: float) -> Callable[[int, int], float]:
+    """Return a rate, by step and number of steps, that falls from `base` to 0 along a cosine."""
+    return lambda step, steps: base * ((1 + math.cos(math.pi * step / steps)) / 2)
+
+
+def steady(base: float) -> Callable[[int, int], float]:
+    """Return a rate, by step and number of steps, that stays what it is."""
+    return lambda step, steps: base
+
+
+def draws(total: int, size: int, steps: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Draw the images of each step: give their numbers (size,) on the device, and the same on the host.
+
+    On a GPU all of them are drawn and brought to the host at once, so that no step waits for another.
+    """
+    if device.type == "cpu":
+        for _ in range(steps):
+            picked = torch.randint(total, (size,))
+            yield picked, picked
+        return
+    picked = torch.randint(total, (steps, size), device=device)
+    yield from zip(picked, picked.cpu(), strict=True)
