@@ -115,7 +115,7 @@ def test_the_report_can_be_written_as_json():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "awq"}, "^quantize: method must be one of ttaq, pem, pcr, qdrop, rtn, got 'awq'"),
+        ({"method": "awq"}, "^quantize: method must be one of ttaq, pem, pcr, qdrop, gptq, rtn, got 'awq'"),
         ({"method": "rtn", "steps": 3}, "^quantize: rounding to nearest takes no steps; use method='ttaq'"),
         ({"recipe": "w9a9"}, "^recipe 'w9a9': bits must be 2 to 8"),
         ({"step": 3}, "^reconstruct: there is no option step; there are steps, batch_size"),
