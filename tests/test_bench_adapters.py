@@ -63,3 +63,24 @@ def test_unknown_names_are_refused(walk, capsys):
     with pytest.raises(SystemExit):
         walk("--adapters", "nothing")
     assert "got nothing" in capsys.readouterr().err
+
+
+def test_overhead_tells_ratios_passes_and_state(bench, monkeypatch, tmp_path, capsys):
+    overhead, grid = bench("overhead"), bench("grid")
+    subject = grid.Subject("tiny", decided(), pictures(32, 1), pictures(40, 2), ARCHITECTURE)
+    monkeypatch.setattr(overhead.machine, "commit", lambda given: {"commit": "c", "dirty": "no"})
+    monkeypatch.setattr(overhead.accuracy, "open_subject", lambda options: (subject, None))
+    path = tmp_path / "rows.csv"
+    places = ["--out", str(path), "--cache", str(tmp_path / "cache"), "--method", "rtn", "--bits", "w4a8"]
+    command = ["overhead", *places, "--adapters", "source,tent,eata", "--batch-sizes", "1,8", "--rounds", "3"]
+    assert bench("__main__").main(command) == 0
+    by = {(row["adapter"], row["batch"]): row for row in grid.read(path)}
+    assert len(by) == 6
+    assert float(by["tent", "8"]["backwards"]) == 1
+    assert float(by["tent", "8"]["ratio"]) > float(by["source", "8"]["ratio"]) > 0
+    assert int(by["tent", "8"]["state_bytes"]) > int(by["source", "8"]["state_bytes"]) == 0
+    capsys.readouterr()
+    assert bench("__main__").main(["overhead", "--out", str(path), "--table"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "| method | batch 1 | batch 8 | forwards | backwards | state, KiB |"
+    )
