@@ -51,6 +51,25 @@ def test_a_model_that_always_prefers_some_classes_is_no_evidence_of_correlation(
     assert phi_of(batches).phi < 2
 
 
+def test_domains_in_which_the_model_prefers_some_classes_are_not_taken_for_neighbours_that_share_them():
+    random = torch.Generator().manual_seed(2)
+
+    def collapsing():
+        for domain in range(15):
+            shares = torch.full((CLASSES,), 0.02)
+            shares[domain % CLASSES] = 0.8
+            for _ in range(3):
+                yield logits_for(torch.multinomial(shares, 100, replacement=True, generator=random))
+
+    torn, fooled = phi_of(stream_of_labels(True)), phi_of(collapsing())
+    assert torn.shared
+    assert torn.local > 5
+    assert fooled.evident
+    assert 0.3 < fooled.local < 1.7
+    assert not fooled.shared
+    assert 0.5 < phi_of(stream_of_labels(False)).local < 1.5
+
+
 def test_single_images_are_counted_together():
     ones = [logits_for([label]) for label in torch.randint(0, CLASSES, (400,)).tolist()]
     runs = [logits_for([label]) for label in range(CLASSES) for _ in range(40)]

@@ -1,7 +1,9 @@
-"""The command line: ttaq demo | quantize | evaluate | report | doctor."""
+"""The command line: ttaq demo | quantize | evaluate | adapt | report | doctor."""
 
 import os
+import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -12,10 +14,12 @@ from typer.core import TyperGroup
 from . import __version__
 from .adaptation import METHODS
 from .demo import Settings, make_bars, run_demo
+from .deployment import MOST_PIXELS, Stop, line, receive, walk
 from .doctor import print_report
 from .files import write_atomically
 from .pipeline import decisions
 from .report import Results, find, render, tabulate
+from .serving import adapt_stream
 from .streams import STREAMS
 from .workbench import ANCHORED, evaluate_file, quantize_reference
 
@@ -188,6 +192,48 @@ def evaluate(
         results.write(json)
     if csv is not None:
         results.write_csv(csv)
+
+
+@app.command()
+def adapt(
+    file: Annotated[Path, typer.Argument(help="A checkpoint that `ttaq quantize` wrote.")],
+    source: Annotated[
+        str, typer.Argument(help="A folder of images; or - for standard input: paths, one a line, or a tar archive.")
+    ],
+    adapter: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")] = "tent",
+    state: Annotated[
+        Path | None,
+        typer.Option(help="Of the adapter: read if it exists, written now and then and at the end."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON lines; default: standard output.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that adapt at once.")] = 32,
+    save_every: Annotated[int, typer.Option(min=1, help="Batches from one state to the next.")] = 50,
+    telemetry: Annotated[int, typer.Option(min=0, help="Batches from one measurement of drift to the next.")] = 10,
+    bank: Annotated[int, typer.Option(min=0, help="Domains to remember.")] = 0,
+    anchor: Annotated[
+        Path | None, typer.Option(help="Clean images for a method that takes an anchor: class folders or an .npz file.")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Of what descends a gradient; default: its own.")] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Side of the images; default: what the file says.")] = None,
+    most_pixels: Annotated[int, typer.Option(min=1, help="Of one image; larger ones are refused.")] = MOST_PIXELS,
+    model: Annotated[str | None, typer.Option(help="What builds the architecture, if not what the file says.")] = None,
+    classes: Classes = None,
+    device: Device = "cpu",
+) -> None:
+    """Predict images as they come and adapt to them: predictions, refusals and drift events as JSON lines."""
+    stop = Stop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop.handle)
+    images = receive(sys.stdin.buffer) if source == "-" else walk(Path(source))
+    with open(out, "a", encoding="utf-8") if out else nullcontext(sys.stdout) as target:
+        counts = adapt_stream(
+            file, images, lambda found: print(line(found), file=target, flush=True), adapter=adapter, state=state,
+            anchor=anchor, lr=lr, telemetry=telemetry, bank=bank, batch_size=batch_size, save_every=save_every,
+            most_pixels=most_pixels, size=size, reference=model, classes=_names(classes), device=device, stop=stop,
+        )  # fmt: skip
+    ended = ", stopped by a signal" if stop.asked else ""
+    before = f", after {counts['resumed']} before" if counts["resumed"] else ""
+    typer.echo(f"{counts['predicted']} images predicted{before}, {counts['refused']} refused{ended}", err=True)
 
 
 @app.command()

@@ -140,20 +140,13 @@ def evaluate_file(
     Raises:
         ValueError: The checkpoint or the images do not serve, or the adapter needs an anchor.
     """
-    check_device(device)
-    header = read_header(path)
-    reference = trusted_reference(path, header["reference"], reference)
-    width = header["report"].get("options", {}).get("num_classes")
-    with torch.device("meta"):
-        architecture = build_model(reference, **({} if width is None else {"num_classes": int(width)}))
-    model = load(path, architecture, device=device)
-    chosen = header["preprocessing"] or preprocessing_of(model, reference)
+    model, header, reference, chosen = open_checkpoint(path, reference, device)
     classes = classes or header["classes"]
     source = open_data(data, chosen, classes)
     batches = make_stream(source, data, stream, severity=severity, images=images, batch_size=batch_size, seed=seed)
     first = next(iter(batches))
     check_outputs(model, first.images[:1].to(device), batches.domains[0][1], data, named=classes is not None)
-    held = _anchor(adapter, model, anchor, chosen | {"size": first.images.shape[-1]}, seed, device)
+    held = anchor_of(adapter, model, anchor, chosen | {"size": first.images.shape[-1]}, seed, device)
     adapted = adapt(model, adapter, **({} if lr is None else {"lr": lr}), **held)
     total = sum(len(index) for _, index in batches.order)
     result = evaluate(
@@ -182,7 +175,33 @@ def evaluate_file(
     return results
 
 
-def _anchor(adapter: str, model: nn.Module, path, preprocessing: dict, seed: int, device: str) -> dict:
+def open_checkpoint(
+    path: str | Path, reference: str | None = None, device: str = "cpu"
+) -> tuple[nn.Module, dict, str, dict]:
+    """Load a packed checkpoint into the architecture that it names.
+
+    Args:
+        path: The checkpoint.
+        reference: Builds the architecture, in place of what the checkpoint names.
+        device: Where the model goes.
+
+    Returns:
+        The model, the header, the reference, and how images are prepared, as `preprocessing_of` says it.
+
+    Raises:
+        ValueError: It is no checkpoint, names no architecture or one that is not trusted, or there is no such device.
+    """
+    check_device(device)
+    header = read_header(path)
+    reference = trusted_reference(path, header["reference"], reference)
+    width = header["report"].get("options", {}).get("num_classes")
+    with torch.device("meta"):
+        architecture = build_model(reference, **({} if width is None else {"num_classes": int(width)}))
+    model = load(path, architecture, device=device)
+    return model, header, reference, header["preprocessing"] or preprocessing_of(model, reference)
+
+
+def anchor_of(adapter: str, model: nn.Module, path, preprocessing: dict, seed: int, device: str) -> dict:
     """Return the anchor as an option of an adapter, none where none is given; refuse one too many or too few."""
     method = METHODS.get(adapter)
     if path is None:

@@ -91,14 +91,14 @@ class Guard:
     def peek(self, images: int) -> None:
         """Make ready for a batch of so many images that is only predicted."""
         if self.watches:
-            self._method.correlated = self.correlation.evident
+            self._method.correlated = self.correlation.shared
             self.correlation.peek(images)
 
     def prepare(self, images: int) -> str | None:
         """Make ready for a batch of so many images; return in words what changed for it, or None."""
         if not self.watches or not images:
             return None
-        self._method.correlated = self.correlation.evident
+        self._method.correlated = self.correlation.shared
         return self.correlation.prepare(images)
 
     def looking(self) -> AbstractContextManager[None]:

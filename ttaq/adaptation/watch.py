@@ -31,6 +31,9 @@ class Correlation:
     the batch and an average of those before it. Published methods leave the choice to the user, and lose most of what
     they gain on correlated streams (Yuan et al., RoTTA, arXiv:2303.13899, section 3.2).
 
+    A domain in which the model prefers some classes raises phi, too. Whether neighbours share their classes is told by
+    `local` therefore: the same measure of how much both halves of a batch differ from their sum.
+
     Args:
         norms: Of the model.
         window: Images whose predictions are counted, at least the batch.
@@ -38,20 +41,27 @@ class Correlation:
         momentum: Share of a batch of 64 images or more in phi.
         few: Images below which a batch is never trusted alone.
         chance: Value of phi from which a batch is not trusted alone.
+        apart: Value of `local` from which neighbours share their classes.
     """
 
     def __init__(
         self, norms: Iterable[AdaptiveBatchNorm], *, window: int = 64, prior: float = 64, momentum: float = 0.3,
-        few: int = 8, chance: float = 3.0,
+        few: int = 8, chance: float = 3.0, apart: float = 2.0,
     ) -> None:  # fmt: skip
         self.norms = [norm for norm in norms if norm.statistics == "batch"]
-        self.window, self.prior, self.momentum, self.few, self.chance = window, prior, momentum, few, chance
+        self.window, self.prior, self.momentum = window, prior, momentum
+        self.few, self.chance, self.apart = few, chance, apart
         self.reset()
 
     @property
     def evident(self) -> bool:
-        """Whether classes vary so much more than by chance that neighbours must share them."""
+        """Whether classes vary so much more than by chance that neighbours share them, or domains prefer some."""
         return self.phi > self.chance
+
+    @property
+    def shared(self) -> bool:
+        """Whether they do so from one neighbour to the next."""
+        return self.evident and self.local > self.apart
 
     def share(self, images: int) -> float | None:
         """Return the share that a batch may have in the statistics, None for all of them."""
@@ -87,27 +97,38 @@ class Correlation:
         seen = torch.tensor([label for labels in self.recent for label in labels])
         usual = torch.tensor(self.frequency or [1 / classes] * classes, dtype=torch.float64)
         expected = len(seen) * usual
-        spread = (torch.bincount(seen, minlength=classes) - expected).square() / (expected + 0.5)
-        self.phi += (spread.sum().item() / max(1, classes - 1) - self.phi) * self.momentum * min(1.0, images / 64)
+        counts = torch.bincount(seen, minlength=classes)
+        spread = (counts - expected).square() / (expected + 0.5)
+        rate = self.momentum * min(1.0, images / 64)
+        self.phi += (spread.sum().item() / max(1, classes - 1) - self.phi) * rate
+        self.local += (_apart(seen, counts) - self.local) * rate
         now = torch.bincount(seen[-images:], minlength=classes) / images
         usual = torch.lerp(usual, now.double(), min(1.0, images / _STALE)).clamp(min=0.2 / classes)
         self.frequency = (usual / usual.sum()).tolist()
 
     def reset(self) -> None:
         """Forget the stream."""
-        self.phi, self.capped = 1.0, False
+        self.phi, self.local, self.capped = 1.0, 1.0, False
         self.frequency: list[float] = []
         self.recent: deque[list[int]] = deque()
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of what is remembered."""
         remembered = {"frequency": list(self.frequency), "recent": [list(labels) for labels in self.recent]}
-        return {"phi": self.phi, "capped": self.capped, **remembered}
+        return {"phi": self.phi, "local": self.local, "capped": self.capped, **remembered}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` returned."""
-        self.phi, self.capped = state["phi"], state["capped"]
+        self.phi, self.local, self.capped = state["phi"], state["local"], state["capped"]
         self.frequency, self.recent = list(state["frequency"]), deque(list(labels) for labels in state["recent"])
+
+
+def _apart(labels: Tensor, counts: Tensor) -> float:
+    """Return how much the first half of labels (n,) differs from all, whose counts are (C,): about 1 by chance."""
+    half = labels[: len(labels) // 2]
+    share = counts * (len(half) / len(labels))
+    spread = (torch.bincount(half, minlength=len(counts)) - share).square() / (share + 0.5)
+    return 2 * spread.sum().item() / max(1, (counts > 0).sum().item() - 1)
 
 
 _REMEMBERED = ("batches", "looks", "average", "low", "restored", "flips", "images", "sums")

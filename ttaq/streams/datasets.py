@@ -5,6 +5,7 @@ Every loader gives `Images`. Nothing is ever unpickled.
 
 import itertools
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -134,13 +135,16 @@ def load_image_folder(
         )
     paths, labels, classes = _find_images("load_image_folder", Path(folder), classes)
 
-    def fit(picture):
-        ratio = size / crop / min(picture.size)
-        wide, tall = (max(size, int(side * ratio)) for side in picture.size)
-        left, top = round((wide - size) / 2), round((tall - size) / 2)
-        return picture.resize((wide, tall), _RESAMPLING[interpolation]).crop((left, top, left + size, top + size))
-
+    fit = partial(fit_image, size=size, crop=crop, interpolation=interpolation)
     return Images(Encoded(paths, paths, fit), labels, classes, mean=mean, std=std)
+
+
+def fit_image(picture, *, size, crop=0.875, interpolation="bilinear"):
+    """Resize a Pillow picture so that its shorter side is ``size / crop``, and cut (size, size) out of its middle."""
+    ratio = size / crop / min(picture.size)
+    wide, tall = (max(size, int(side * ratio)) for side in picture.size)
+    left, top = round((wide - size) / 2), round((tall - size) / 2)
+    return picture.resize((wide, tall), _RESAMPLING[interpolation]).crop((left, top, left + size, top + size))
 
 
 def load_npz(path, classes=None, *, mean=IMAGENET_MEAN, std=IMAGENET_STD):
