@@ -1,4 +1,4 @@
-"""The command line: ttaq demo | quantize | evaluate | adapt | report | doctor."""
+"""The command line: ttaq demo | quantize | evaluate | adapt | inspect | compare | report | doctor."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from . import __version__
+from . import __version__, inspection
 from .adaptation import METHODS
 from .demo import Settings, make_bars, run_demo
 from .deployment import MOST_PIXELS, Stop, line, receive, walk
@@ -234,6 +234,38 @@ def adapt(
     ended = ", stopped by a signal" if stop.asked else ""
     before = f", after {counts['resumed']} before" if counts["resumed"] else ""
     typer.echo(f"{counts['predicted']} images predicted{before}, {counts['refused']} refused{ended}", err=True)
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A checkpoint that `ttaq quantize` wrote.")],
+    json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+) -> None:
+    """Say what a packed checkpoint is: bits, sizes, SQNR of each layer, recipe, what was decided and left out."""
+    found = inspection.inspect(file)
+    if json:
+        typer.echo(line(found.to_json()))
+        return
+    console = Console(highlight=False, markup=False)
+    for name, text in found.facts.items():
+        console.print(f"{name}: {text}", soft_wrap=True)
+    console.print(inspection.tabulate_layers(found, console.width))
+    for note in found.notes:
+        console.print(f"• {note}", soft_wrap=True)
+
+
+@app.command()
+def compare(
+    one: Annotated[Path, typer.Argument(help="A checkpoint.")],
+    other: Annotated[Path, typer.Argument(help="Another.")],
+) -> None:
+    """Set two checkpoints side by side: bits and SQNR of the layers that differ, sizes, recipes."""
+    table, said = inspection.compare(inspection.inspect(one), inspection.inspect(other))
+    console = Console(highlight=False, markup=False)
+    for sentence in said:
+        console.print(sentence, soft_wrap=True)
+    if table.row_count:
+        console.print(table)
 
 
 @app.command()

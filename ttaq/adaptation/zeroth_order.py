@@ -59,7 +59,7 @@ class ZerothOrder(Method):
         *,
         anchor: Iterable | None = None,
         features: str | None = None,
-        lr: float = 1e-3,
+        lr: float = 3e-4,
         perturbation: float = 0.1,
         alignment: float = 1.0,
         parameters: Parameters = "norm",
@@ -70,7 +70,7 @@ class ZerothOrder(Method):
         if not perturbation > 0 or not lr > 0 or alignment < 0:
             raise ValueError(
                 f"adapt: zeroth-order needs lr and perturbation above 0 and alignment from 0, got {lr}, {perturbation} "
-                f"and {alignment}; use 1e-3, 0.1 and 1.0"
+                f"and {alignment}; use 3e-4, 0.1 and 1.0"
             )
         self.lr, self.perturbation, self.alignment = lr, perturbation, alignment
         self.full_batch, self.seed = full_batch, seed

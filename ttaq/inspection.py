@@ -1,0 +1,151 @@
+"""What a packed checkpoint says of itself, and how two of them differ: what `ttaq inspect` and `ttaq compare` print."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from .checkpoint import read_header
+from .pipeline import decisions
+from .spec import Recipe
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer of a checkpoint.
+
+    Args:
+        name: Its dotted name.
+        kind: Its class.
+        weight: Bits of its weight; None in float or without one.
+        activation: Bits of its input; None in float.
+        bytes: Of its codes; 0 where there are none.
+        sqnr: dB, of its output over its quantisation error on calibration images; None where nobody measured.
+    """
+
+    name: str
+    kind: str
+    weight: int | None
+    activation: int | None
+    bytes: int
+    sqnr: float | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A checkpoint as read from its header, no tensor among it.
+
+    Args:
+        path: The file.
+        facts: What stands above the table: name to text.
+        layers: In the order of the model.
+        notes: What was decided and left out, in sentences.
+        header: As `read_header` gave it.
+    """
+
+    path: Path
+    facts: dict[str, str]
+    layers: tuple[LayerRow, ...]
+    notes: tuple[str, ...]
+    header: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Give plain values."""
+        rows = [vars(row) for row in self.layers]
+        return {"path": str(self.path), **self.facts, "layers": rows, "notes": list(self.notes)}
+
+
+def inspect(path: str | Path) -> Inspection:
+    """Read what a packed checkpoint says of itself.
+
+    Raises:
+        ValueError: The file is missing, truncated or not one of ours.
+    """
+    path, header = Path(path), read_header(path)
+    report = header["report"]
+    packed, sqnr = report.get("packed", {}), report.get("sqnr", {})
+    layers = tuple(
+        LayerRow(
+            name, found["kind"], found["weight"] and found["weight"]["bits"],
+            found["activation"] and found["activation"]["bits"], packed.get(name, 0), sqnr.get(name),
+        )
+        for name, found in header["layers"].items()
+    )  # fmt: skip
+    size = path.stat().st_size
+    facts = {
+        "model": header["reference"] or "not named",
+        "recipe": str(Recipe.from_json(report["recipe"])),
+        "method": report.get("method", "rtn"),
+        "bytes": f"{size:,}, {sum(row.bytes for row in layers):,} of them codes",
+        "calibrated on": f"{report.get('calibration', {}).get('images', 'unknown')} images",
+    }
+    if header["preprocessing"]:
+        facts["preprocessing"] = ", ".join(f"{key} {_short(value)}" for key, value in header["preprocessing"].items())
+    if header["classes"]:
+        facts["classes"] = f"{len(header['classes'])}: {', '.join(header['classes'][:5])}" + (
+            ", ..." if len(header["classes"]) > 5 else ""
+        )
+    left = [f"left in float: {name}: {reason}" for name, reason in report.get("left_out", {}).items()]
+    return Inspection(path, facts, layers, (*decisions(report), *left), header)
+
+
+def tabulate_layers(found: Inspection, columns: int = 100) -> Table:
+    """Make a rich table of the layers; a narrow terminal gets fewer columns."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    table.add_column("layer", overflow="fold")
+    wide = columns >= 72
+    for name in (*(("kind",) if wide else ()), "W", "A", *(("bytes",) if wide else ()), "SQNR, dB"):
+        table.add_column(name, justify="left" if name == "kind" else "right", no_wrap=True)
+    for row in found.layers:
+        middle = [row.kind] if wide else []
+        size = [f"{row.bytes:,}" if row.bytes else "-"] if wide else []
+        table.add_row(row.name, *middle, _bits(row.weight), _bits(row.activation), *size, _decibel(row.sqnr))
+    return table
+
+
+def compare(one: Inspection, other: Inspection) -> tuple[Table, list[str]]:
+    """Set two checkpoints side by side.
+
+    Returns:
+        A rich table of the layers whose bits or SQNR differ, and sentences on the rest.
+    """
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    table.add_column("layer", overflow="fold")
+    for name in ("bits", "bits ", "SQNR, dB", "SQNR, dB ", "difference"):
+        table.add_column(name, justify="right", no_wrap=True)
+    left, right = ({row.name: row for row in found.layers} for found in (one, other))
+    alone = [(one, sorted(left.keys() - right.keys())), (other, sorted(right.keys() - left.keys()))]
+    for name in (name for name in left if name in right):
+        a, b = left[name], right[name]
+        if (a.weight, a.activation, a.sqnr) != (b.weight, b.activation, b.sqnr):
+            gap = "-" if a.sqnr is None or b.sqnr is None else f"{b.sqnr - a.sqnr:+.1f}"
+            table.add_row(name, _pair(a), _pair(b), _decibel(a.sqnr), _decibel(b.sqnr), gap)
+    said = [
+        f"{key}: {one.facts.get(key, '-')} | {other.facts.get(key, '-')}"
+        for key in dict.fromkeys((*one.facts, *other.facts))
+        if one.facts.get(key) != other.facts.get(key)
+    ]
+    if one.header["fingerprint"] != other.header["fingerprint"]:
+        said.append("they belong to different architectures")
+    said += [f"only in {found.path.name}: {', '.join(names)}" for found, names in alone if names]
+    return table, said or ["they say the same of themselves"]
+
+
+def _bits(bits):
+    return "float" if bits is None else str(bits)
+
+
+def _pair(row):
+    return f"W{row.weight or 16}A{row.activation or 16}"
+
+
+def _decibel(value):
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _short(value):
+    return "/".join(f"{one:.3g}" for one in value) if isinstance(value, list) else value
