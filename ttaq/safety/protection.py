@@ -1,0 +1,183 @@
+"""protect: rewrite a float transformer before it is quantised, by the measures asked for or by those that it needs."""
+
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ..batches import Forward, collect, count, take
+from ..calibration import calibrate
+from ..preparation import prepare
+from ..quantizers import Quantizer
+from ..spec import Recipe
+from ..surgery import copy_model, device_of
+from .diagnosis import first, measure, output_error, outputs
+from .measures import extremes, migrate, reparameterise, rotate
+from .structure import Proof, Structure, kept, opened, survey
+
+MEASURES = {
+    "reparameterisation": "equal ranges for all channels of a LayerNorm's output (arXiv:2212.08254)",
+    "migration": "outliers of activations moved into weights (arXiv:2211.10438)",
+    "rotation": "residual stream and heads rotated by Hadamard matrices (arXiv:2404.00456)",
+}
+CANDIDATES = (("migration",), ("reparameterisation",), ("rotation",), ("migration", "rotation"))
+GAIN = 0.8  # of the error without measures: those that leave more are not worth it
+IMAGES = 64  # for the ranges, and as many for the errors
+
+
+def protect(
+    model: nn.Module,
+    batches: Iterable,
+    measures: str | Iterable[str] = "auto",
+    *,
+    recipe: str | Recipe = "w8a8",
+    alpha: float = 0.5,
+    seed: int = 0,
+    attention: bool = True,
+    forward: Forward | None = None,
+) -> nn.Module:
+    """Rewrite a float model so that it is safe to quantise; it computes what it did, but for rounding.
+
+    Classes, names and shapes stay as they are, and so the checkpoint of the quantised model loads into the architecture
+    of the original. The affine parameters of LayerNorm change their values and stay free to adapt.
+
+    Args:
+        model: A float model; left as it is.
+        batches: A re-iterable of tensors, (x, y) pairs or dicts; some hundred images.
+        measures: Names of `MEASURES`, one or several, done in this order; "auto" for those that lower the error of the
+            output most, of a model of which layers break (`diagnose`); "off" for none.
+        recipe: What "auto" tries: rounding to nearest.
+        alpha: Of the migration: 0 leaves outliers in the activations, 1 moves them into the weights.
+        seed: Of the rotation.
+        attention: As in `prepare`.
+        forward: Runs the model on one batch, `forward(model, x)`, when `model(x)` does not.
+
+    Returns:
+        The rewritten copy, or `model` itself where nothing was done. `ttaq_report["safety"]` says what was done and
+        why: "asked", "measures", "why"; "done" and "left", of each measure; and under "auto" the layers that are
+        "broken", those that are so "after", and "errors", the |y' - y| / |y| of each choice.
+
+    Raises:
+        ValueError: A measure is not known, the model is quantised already, or the images do not serve.
+    """
+    asked, names = measures, _names(measures)
+    if any(isinstance(m, Quantizer) for m in model.modules()):
+        raise ValueError("protect: the model holds quantised layers already; start from the float model")
+    report = {"asked": asked if isinstance(asked, str) else list(names), "measures": []}
+    if asked == "off" or not any(isinstance(m, nn.LayerNorm) for m in model.modules()):
+        return _reported(model, report | {"why": "not asked for" if asked == "off" else "it has no LayerNorm"})
+    inputs = collect("protect", batches, device_of(model))
+    changed = copy_model(model)
+    rewriter = _Rewriter(changed, inputs, alpha, seed, forward)
+    if asked == "auto":
+        names, found = _choose(rewriter, Recipe.parse(recipe), attention)
+        report |= found
+    else:
+        report["why"] = "asked for"
+    if not names:
+        return _reported(model, report)
+    report["done"], report["left"] = rewriter.rewrite(names)
+    report["measures"] = list(names)
+    if not rewriter.proof.holds():
+        raise ValueError(
+            f"protect: the model must compute the same after {', '.join(names)}, got logits that differ by "
+            f"{rewriter.proof.error():.2g}; use measures='off'"
+        )
+    return _reported(changed, report)
+
+
+class _Rewriter:
+    """Does measures to a model in place; what may be rewritten is proven once."""
+
+    def __init__(self, model, inputs, alpha, seed, forward):
+        self.model, self.inputs, self.forward = model, inputs, forward
+        self.alpha, self.seed = alpha, seed
+        self.view = opened(model)
+        self.proof = Proof(self.view, take(inputs[0], slice(0, 4)), forward)
+        self.found: Structure = survey(self.view, self.proof)
+
+    def rewrite(self, names):
+        """Do the named measures; return what was done, and what was left with the reason, of each."""
+        done, left = {}, {}
+        for name in names:
+            found, left[name] = self.found, dict(self.found.refused)
+            if name == "rotation":
+                done[name], more = rotate(self.view, found, self.proof, self.seed)
+                left[name] |= more
+            else:
+                read = {next(iter(j.readers)) for j in found.joints} | {h.reader[0] for h in found.values}
+                seen = extremes(self.view, first(self.inputs, 4 * IMAGES), read, self.forward)
+                if name == "migration":
+                    done[name] = migrate(found, seen, self.alpha)
+                else:
+                    done[name] = reparameterise(found, seen)
+        return done, left
+
+
+def _choose(rewriter, recipe, attention):
+    """Return the measures that "auto" takes, and why."""
+    ranges, held = _halves(rewriter.inputs)
+    targets = outputs(rewriter.model, held, rewriter.forward)
+    trial = _rounded(rewriter, ranges, recipe, attention)
+    before = measure(trial, first(held, 32), rewriter.forward)["broken"]
+    found = {"broken": before, "why": "no layer breaks"}
+    if not before:
+        return (), found
+    errors = {"none": output_error(trial, targets, held, rewriter.forward)}
+    for names in CANDIDATES:
+        with kept(rewriter.model):
+            if any(rewriter.rewrite(names)[0].values()):
+                trial = _rounded(rewriter, ranges, recipe, attention)
+                errors["+".join(names)] = output_error(trial, targets, held, rewriter.forward)
+    best = min(errors, key=errors.get)
+    found["errors"] = errors
+    if not errors[best] < GAIN * errors["none"]:
+        found["why"] = "layers break, and no measure lowers the error of the output by a fifth"
+        return (), found
+    names = tuple(best.split("+"))
+    with kept(rewriter.model):
+        rewriter.rewrite(names)
+        trial = _rounded(rewriter, ranges, recipe, attention)
+        found["after"] = measure(trial, first(held, 32), rewriter.forward)["broken"]
+    found["why"] = "layers break, and this leaves the least error of the output"
+    return names, found
+
+
+def _rounded(rewriter, ranges, recipe, attention):
+    """Round a copy of the model to nearest."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `prepare` says again what stays in float, when it is called in earnest
+        trial = prepare(rewriter.model, recipe, attention=attention).eval()
+    calibrate(trial, ranges, forward=rewriter.forward)
+    return trial
+
+
+def _halves(inputs):
+    """Split images into those that set ranges and those that errors are measured on."""
+    total = sum(count(entry) for entry in inputs)
+    if total < 2:
+        return inputs, inputs
+    ranges = first(inputs, min(IMAGES, total // 2))
+    skip, held = sum(count(entry) for entry in ranges), []
+    for entry in inputs:
+        rest = take(entry, slice(min(skip, count(entry)), None))
+        skip -= count(entry) - count(rest)
+        if count(rest):
+            held.append(rest)
+    return ranges, first(held, IMAGES)
+
+
+def _names(measures):
+    names = (measures,) if isinstance(measures, str) else tuple(measures)
+    known = [*MEASURES, *(["auto", "off"] if isinstance(measures, str) else [])]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"protect: measures must be of {', '.join([*MEASURES, 'auto', 'off'])}, got {name!r}")
+    return () if measures in ("auto", "off") else names
+
+
+def _reported(model, report):
+    if getattr(model, "ttaq_report", {}).get("safety") != report:
+        model.ttaq_report = getattr(model, "ttaq_report", {}) | {"safety": report}
+    return model
