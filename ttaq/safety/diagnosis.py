@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ..batches import Forward, call, collect, count, take
+from ..batches import Forward, call, collect, count, pieces, take
 from ..blocks import Block, find_blocks
 from ..calibration import calibrate
 from ..layers import QuantConv2d, QuantLinear, QuantMatMul
@@ -65,8 +66,8 @@ def measure(model: nn.Module, inputs: list, forward: Forward | None) -> dict:
     watch = _Watch(model, find_blocks(model, take(inputs[0], slice(0, 2)), forward))
     with evaluating(model):
         for entry in inputs:
-            for start in range(0, count(entry), PIECE):
-                watch.compare(lambda e=take(entry, slice(start, start + PIECE)): call(model, e, forward))
+            for piece in pieces(count(entry), PIECE):
+                watch.compare(partial(call, model, take(entry, piece), forward))
     recipe = getattr(model, "ttaq_report", {}).get("recipe")
     return {"recipe": recipe and str(Recipe.from_json(recipe)), **watch.rows()}
 

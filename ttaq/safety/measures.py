@@ -11,6 +11,7 @@ from .hadamard import refuses, spread, spread_about_mean
 from .rewriting import absorb, turn_inputs, turn_outputs, turn_tokens
 from .structure import Proof, Structure, layer_scale
 
+TAIL = 4.0  # deviations
 LEAST = 1e-2  # of the mean range: channels of less range are not stretched further
 
 
@@ -29,13 +30,19 @@ class Extremes:
 
 @torch.no_grad()
 def extremes(view: nn.Module, inputs: list, names: set[str], forward: Forward | None) -> dict[str, Extremes]:
-    """Run the model over `inputs`; gather the extremes of each input channel of the named linear layers."""
+    """Run the model over `inputs`; gather the extremes of each input channel of the named linear layers.
+
+    They reach to `TAIL` deviations about the mean at least: a few images do not show how far a channel goes, and where
+    all channels have the ranges of the images seen, values of the next ones are clipped in any of them. [ours]
+    """
     rows: dict[str, list] = {}
 
     def watch(name):
         def hook(layer, args):
             flat = args[0].detach().flatten(0, -2).double()
-            rows.setdefault(name, []).append(torch.stack(torch.aminmax(flat, dim=0)))
+            count = torch.full_like(flat[0], len(flat))
+            moments = (flat.sum(0), flat.square().sum(0), count)
+            rows.setdefault(name, []).append(torch.stack([*torch.aminmax(flat, dim=0), *moments]))
 
         return hook
 
@@ -47,8 +54,14 @@ def extremes(view: nn.Module, inputs: list, names: set[str], forward: Forward | 
     finally:
         for hook in hooks:
             hook.remove()
-    stacked = {name: torch.stack(parts) for name, parts in rows.items()}
-    return {name: Extremes(all_[:, 0].amin(0), all_[:, 1].amax(0)) for name, all_ in stacked.items()}
+    return {name: _extremes(torch.stack(parts, 1)) for name, parts in rows.items()}
+
+
+def _extremes(rows):
+    total, squares, count = rows[2:].sum(1)
+    mean = total / count
+    reach = TAIL * (squares / count - mean.square()).clamp(min=0).sqrt()
+    return Extremes(torch.minimum(rows[0].amin(0), mean - reach), torch.maximum(rows[1].amax(0), mean + reach))
 
 
 def reparameterise(found: Structure, seen: dict[str, Extremes]) -> list[str]:
@@ -168,15 +181,14 @@ def _turn(view, found, width, rotation):
     """Fold every affine and rotate all that reads, writes or is added to the stream."""
     inner = {layer for heads in found.scores + found.values for layer, _ in (heads.query, heads.key, heads.value)}
     readers = {layer for joint in found.joints for layer in joint.readers.values()}
-    writers, last = [], None
+    fixed, writers, last = readers | inner, [], None
     for _, module in found.calls:
         scale = layer_scale(module)
         if scale is not None and last is not None and len(scale) == width:
             absorb(last, scale)
-        elif isinstance(module, nn.Linear | nn.Conv2d) and len(module.weight) == width:
-            if module not in readers | inner:
-                writers.append(module)
-                last = module
+        elif isinstance(module, nn.Linear | nn.Conv2d) and len(module.weight) == width and module not in fixed:
+            writers.append(module)
+            last = module
     for joint in found.joints:
         joint.fold()
     for layer in readers:
@@ -188,7 +200,7 @@ def _turn(view, found, width, rotation):
 
 
 def _tokens(view, width):
-    """List the embeddings of a model: parameters of several axes, the last as wide as the stream, that no layer owns."""
+    """List the embeddings: parameters of several axes, the last as wide as the stream, that no layer owns."""
     owned = {id(p) for m in view.modules() if isinstance(m, nn.Linear | nn.Conv2d) for p in m.parameters(recurse=False)}
     held = {id(p): p for p in view.parameters()}
     return [p for key, p in held.items() if key not in owned and p.ndim > 1 and p.shape[-1] == width]

@@ -2,8 +2,8 @@
 
 import warnings
 from collections.abc import Iterable
+from functools import cached_property
 
-import torch
 from torch import nn
 
 from ..batches import Forward, collect, count, take
@@ -14,7 +14,7 @@ from ..spec import Recipe
 from ..surgery import copy_model, device_of
 from .diagnosis import first, measure, output_error, outputs
 from .measures import extremes, migrate, reparameterise, rotate
-from .structure import Proof, Structure, kept, opened, survey
+from .structure import Proof, kept, opened, survey
 
 MEASURES = {
     "reparameterisation": "equal ranges for all channels of a LayerNorm's output (arXiv:2212.08254)",
@@ -22,8 +22,10 @@ MEASURES = {
     "rotation": "residual stream and heads rotated by Hadamard matrices (arXiv:2404.00456)",
 }
 CANDIDATES = (("migration",), ("reparameterisation",), ("rotation",), ("migration", "rotation"))
-GAIN = 0.8  # of the error without measures: those that leave more are not worth it
+GAIN = 0.9  # of the error without measures: one that leaves more is not worth it
 IMAGES = 64  # for the ranges, and as many for the errors
+DIAGNOSED = 32  # of the latter, layer by layer
+WIDE = 4.0  # times the median range: a channel that takes two bits from the others
 
 
 def protect(
@@ -45,8 +47,8 @@ def protect(
     Args:
         model: A float model; left as it is.
         batches: A re-iterable of tensors, (x, y) pairs or dicts; some hundred images.
-        measures: Names of `MEASURES`, one or several, done in this order; "auto" for those that lower the error of the
-            output most, of a model of which layers break (`diagnose`); "off" for none.
+        measures: Names of `MEASURES`, one or several, done in this order; "off" for none; "auto" for those that lower the
+            error of the output most, where layers break (`diagnose`) whose inputs have outlier channels.
         recipe: What "auto" tries: rounding to nearest.
         alpha: Of the migration: 0 leaves outliers in the activations, 1 moves them into the weights.
         seed: Of the rotation.
@@ -54,29 +56,43 @@ def protect(
         forward: Runs the model on one batch, `forward(model, x)`, when `model(x)` does not.
 
     Returns:
-        The rewritten copy, or `model` itself where nothing was done. `ttaq_report["safety"]` says what was done and
-        why: "asked", "measures", "why"; "done" and "left", of each measure; and under "auto" the layers that are
-        "broken", those that are so "after", and "errors", the |y' - y| / |y| of each choice.
+        The rewritten copy. `ttaq_report["safety"]`, which `prepare` hands on, says what was done and why: "asked",
+        "measures", "why"; "done" and "left", of each measure; and under "auto" the layers that are "broken", those that
+        are so "after", and "errors", the |y' - y| / |y| of each choice.
 
     Raises:
         ValueError: A measure is not known, the model is quantised already, or the images do not serve.
     """
-    asked, names = measures, _names(measures)
     if any(isinstance(m, Quantizer) for m in model.modules()):
         raise ValueError("protect: the model holds quantised layers already; start from the float model")
-    report = {"asked": asked if isinstance(asked, str) else list(names), "measures": []}
-    if asked == "off" or not any(isinstance(m, nn.LayerNorm) for m in model.modules()):
-        return _reported(model, report | {"why": "not asked for" if asked == "off" else "it has no LayerNorm"})
     inputs = collect("protect", batches, device_of(model))
+    settings = {"alpha": alpha, "seed": seed, "attention": attention, "forward": forward}
+    made, report = secure(model, inputs, measures, recipe, **settings)
+    made = copy_model(model) if made is model else made
+    made.ttaq_report = getattr(model, "ttaq_report", {}) | {"safety": report}
+    return made
+
+
+def secure(
+    model: nn.Module, inputs: list, measures: str | Iterable[str], recipe: str | Recipe, *, alpha: float = 0.5,
+    seed: int = 0, attention: bool = True, forward: Forward | None = None,
+) -> tuple[nn.Module, dict]:  # fmt: skip
+    """Do as `protect`, on entries of `collect`; return `model` itself where nothing is done, and the report."""
+    names = _names(measures)
+    report = {"asked": measures if isinstance(measures, str) else list(names), "measures": []}
+    if not any(isinstance(m, nn.LayerNorm) for m in model.modules()):
+        return model, report | {"why": "it has no LayerNorm"}
+    if measures == "off" or any(isinstance(m, Quantizer) for m in model.modules()):
+        return model, report | {"why": "not asked for"}
     changed = copy_model(model)
     rewriter = _Rewriter(changed, inputs, alpha, seed, forward)
-    if asked == "auto":
+    if measures == "auto":
         names, found = _choose(rewriter, Recipe.parse(recipe), attention)
         report |= found
     else:
         report["why"] = "asked for"
     if not names:
-        return _reported(model, report)
+        return model, report
     report["done"], report["left"] = rewriter.rewrite(names)
     report["measures"] = list(names)
     if not rewriter.proof.holds():
@@ -84,7 +100,7 @@ def protect(
             f"protect: the model must compute the same after {', '.join(names)}, got logits that differ by "
             f"{rewriter.proof.error():.2g}; use measures='off'"
         )
-    return _reported(changed, report)
+    return changed, report
 
 
 class _Rewriter:
@@ -93,9 +109,18 @@ class _Rewriter:
     def __init__(self, model, inputs, alpha, seed, forward):
         self.model, self.inputs, self.forward = model, inputs, forward
         self.alpha, self.seed = alpha, seed
-        self.view = opened(model)
-        self.proof = Proof(self.view, take(inputs[0], slice(0, 4)), forward)
-        self.found: Structure = survey(self.view, self.proof)
+
+    @cached_property
+    def view(self):
+        return opened(self.model)
+
+    @cached_property
+    def proof(self):
+        return Proof(self.view, take(self.inputs[0], slice(0, 4)), self.forward)
+
+    @cached_property
+    def found(self):
+        return survey(self.view, self.proof)
 
     def rewrite(self, names):
         """Do the named measures; return what was done, and what was left with the reason, of each."""
@@ -120,8 +145,8 @@ def _choose(rewriter, recipe, attention):
     ranges, held = _halves(rewriter.inputs)
     targets = outputs(rewriter.model, held, rewriter.forward)
     trial = _rounded(rewriter, ranges, recipe, attention)
-    before = measure(trial, first(held, 32), rewriter.forward)["broken"]
-    found = {"broken": before, "why": "no layer breaks"}
+    before = _outliers(measure(trial, first(held, DIAGNOSED), rewriter.forward))
+    found = {"broken": before, "why": "no layer breaks of outlier channels"}
     if not before:
         return (), found
     errors = {"none": output_error(trial, targets, held, rewriter.forward)}
@@ -133,15 +158,21 @@ def _choose(rewriter, recipe, attention):
     best = min(errors, key=errors.get)
     found["errors"] = errors
     if not errors[best] < GAIN * errors["none"]:
-        found["why"] = "layers break, and no measure lowers the error of the output by a fifth"
+        found["why"] = "layers break, and no measure lowers the error of the output by a tenth"
         return (), found
     names = tuple(best.split("+"))
     with kept(rewriter.model):
         rewriter.rewrite(names)
         trial = _rounded(rewriter, ranges, recipe, attention)
-        found["after"] = measure(trial, first(held, 32), rewriter.forward)["broken"]
+        found["after"] = _outliers(measure(trial, first(held, DIAGNOSED), rewriter.forward))
     found["why"] = "layers break, and this leaves the least error of the output"
     return names, found
+
+
+def _outliers(diagnosis):
+    """Pick the layers that break and have channels far wider than the others: those that a measure can mend."""
+    wide = {name for name, row in diagnosis["layers"].items() if row["ratio"] and row["ratio"] >= WIDE}
+    return {name: reason for name, reason in diagnosis["broken"].items() if name in wide}
 
 
 def _rounded(rewriter, ranges, recipe, attention):
@@ -175,9 +206,3 @@ def _names(measures):
         if name not in known:
             raise ValueError(f"protect: measures must be of {', '.join([*MEASURES, 'auto', 'off'])}, got {name!r}")
     return () if measures in ("auto", "off") else names
-
-
-def _reported(model, report):
-    if getattr(model, "ttaq_report", {}).get("safety") != report:
-        model.ttaq_report = getattr(model, "ttaq_report", {}) | {"safety": report}
-    return model
