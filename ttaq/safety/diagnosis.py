@@ -16,6 +16,7 @@ from ..quantizers import Quantizer, disabled
 from ..spec import Recipe
 from ..surgery import device_of, evaluating
 from ..tracing import leaves
+from .structure import flat
 
 _LAYERS = (QuantLinear, QuantConv2d, QuantMatMul)
 PIECE = 4  # images whose activations are held at once
@@ -54,16 +55,16 @@ def diagnose(
     if not any(isinstance(m, Quantizer) for m in model.modules()):
         model = prepare(model, recipe).eval()
         calibrate(model, inputs, forward=forward)
-    return measure(model, inputs, forward)
+    return measure(model, inputs, forward, find_blocks(model, take(inputs[0], slice(0, 2)), forward))
 
 
 @torch.no_grad()
-def measure(model: nn.Module, inputs: list, forward: Forward | None) -> dict:
-    """Diagnose a calibrated model, see `diagnose`."""
+def measure(model: nn.Module, inputs: list, forward: Forward | None, blocks: Iterable[Block] = ()) -> dict:
+    """Diagnose a calibrated model, see `diagnose`, and the blocks that are given."""
     for name, module in model.named_modules():
         if isinstance(module, Quantizer) and not (module.ready or module.auto):
             raise ValueError(f"diagnose: {name} has no range; call ttaq.calibrate on the prepared model first")
-    watch = _Watch(model, find_blocks(model, take(inputs[0], slice(0, 2)), forward))
+    watch = _Watch(model, blocks)
     with evaluating(model):
         for entry in inputs:
             for piece in pieces(count(entry), PIECE):
@@ -94,7 +95,7 @@ def output_error(model: nn.Module, targets: list[Tensor], inputs: list, forward:
 def outputs(model: nn.Module, inputs: list, forward: Forward | None) -> list[Tensor]:
     """Return what a model gives for each entry, float64, laid out in one vector."""
     with evaluating(model):
-        return [_flat(call(model, entry, forward)) for entry in inputs]
+        return [flat(call(model, entry, forward)).double() for entry in inputs]
 
 
 def bound(bits: int) -> float:
@@ -106,7 +107,7 @@ def bound(bits: int) -> float:
 class _Watch:
     """Sums of signals and errors of all layers and blocks."""
 
-    def __init__(self, model: nn.Module, blocks: list[Block]):
+    def __init__(self, model: nn.Module, blocks: Iterable[Block]):
         self.model = model
         self.layers = {n: m for n, m in model.named_modules() if isinstance(m, _LAYERS) and _quantizers(m)}
         self.ends = {block.name: (block.modules[-1], block.result) for block in blocks}
@@ -151,7 +152,7 @@ class _Watch:
             picked = lambda m, args, y, n=name, p=place: note("block", n, m, args, list(leaves(y))[p])  # noqa: E731
             hooks.append(self.model.get_submodule(module).register_forward_hook(picked))
         try:
-            note("output", "", None, (), _flat(run()))
+            note("output", "", None, (), flat(run()))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -194,11 +195,6 @@ class _Watch:
 
 def _quantizers(layer):
     return [m for m in layer.children() if isinstance(m, Quantizer)]
-
-
-def _flat(output):
-    found = [t.detach().double().flatten() for t in leaves(output) if t.is_floating_point()]
-    return torch.cat(found) if found else torch.zeros(0)
 
 
 def _ratio(wrong, signal):

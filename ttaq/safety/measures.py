@@ -174,7 +174,7 @@ def _rotate_stream(view, found, proof, generator):
     error = proof.error()
     for parameter, values in before:
         parameter.data.copy_(values)
-    return f"something else than LayerNorm and linear layers acts on it (rotated, the logits differ by {error:.2g})"
+    return f"something else than LayerNorm and linear layers acts on it (rotated, the output differs by {error:.2g})"
 
 
 def _turn(view, found, width, rotation):

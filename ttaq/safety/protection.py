@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterable
 from functools import cached_property
 
+import torch
 from torch import nn
 
 from ..batches import Forward, collect, count, take
@@ -23,6 +24,7 @@ MEASURES = {
 }
 CANDIDATES = (("migration",), ("reparameterisation",), ("rotation",), ("migration", "rotation"))
 GAIN = 0.9  # of the error without measures: one that leaves more is not worth it
+CLOSE = 1.1  # times the least error: the first candidate that is as near is taken
 IMAGES = 64  # for the ranges, and as many for the errors
 DIAGNOSED = 32  # of the latter, layer by layer
 WIDE = 4.0  # times the median range: a channel that takes two bits from the others
@@ -47,8 +49,8 @@ def protect(
     Args:
         model: A float model; left as it is.
         batches: A re-iterable of tensors, (x, y) pairs or dicts; some hundred images.
-        measures: Names of `MEASURES`, one or several, done in this order; "off" for none; "auto" for those that lower the
-            error of the output most, where layers break (`diagnose`) whose inputs have outlier channels.
+        measures: Names of `MEASURES`, one or several, done in this order; "off" for none; "auto" for those that leave
+            the least error of the output, where layers break (`diagnose`) whose inputs have outlier channels.
         recipe: What "auto" tries: rounding to nearest.
         alpha: Of the migration: 0 leaves outliers in the activations, 1 moves them into the weights.
         seed: Of the rotation.
@@ -73,6 +75,7 @@ def protect(
     return made
 
 
+@torch.inference_mode(False)
 def secure(
     model: nn.Module, inputs: list, measures: str | Iterable[str], recipe: str | Recipe, *, alpha: float = 0.5,
     seed: int = 0, attention: bool = True, forward: Forward | None = None,
@@ -84,8 +87,7 @@ def secure(
         return model, report | {"why": "it has no LayerNorm"}
     if measures == "off" or any(isinstance(m, Quantizer) for m in model.modules()):
         return model, report | {"why": "not asked for"}
-    changed = copy_model(model)
-    rewriter = _Rewriter(changed, inputs, alpha, seed, forward)
+    rewriter = _Rewriter(model, inputs, alpha, seed, forward)
     if measures == "auto":
         names, found = _choose(rewriter, Recipe.parse(recipe), attention)
         report |= found
@@ -97,18 +99,22 @@ def secure(
     report["measures"] = list(names)
     if not rewriter.proof.holds():
         raise ValueError(
-            f"protect: the model must compute the same after {', '.join(names)}, got logits that differ by "
+            f"protect: the model must compute the same after {', '.join(names)}, got an output that differs by "
             f"{rewriter.proof.error():.2g}; use measures='off'"
         )
-    return changed, report
+    return rewriter.model, report
 
 
 class _Rewriter:
-    """Does measures to a model in place; what may be rewritten is proven once."""
+    """Does measures to a copy of a model, made when it is first needed; what may be rewritten is proven once."""
 
     def __init__(self, model, inputs, alpha, seed, forward):
-        self.model, self.inputs, self.forward = model, inputs, forward
+        self.original, self.inputs, self.forward = model, inputs, forward
         self.alpha, self.seed = alpha, seed
+
+    @cached_property
+    def model(self):
+        return copy_model(self.original)
 
     @cached_property
     def view(self):
@@ -143,8 +149,8 @@ class _Rewriter:
 def _choose(rewriter, recipe, attention):
     """Return the measures that "auto" takes, and why."""
     ranges, held = _halves(rewriter.inputs)
-    targets = outputs(rewriter.model, held, rewriter.forward)
-    trial = _rounded(rewriter, ranges, recipe, attention)
+    targets = outputs(rewriter.original, held, rewriter.forward)
+    trial = _rounded(rewriter.original, ranges, recipe, attention, rewriter.forward)
     before = _outliers(measure(trial, first(held, DIAGNOSED), rewriter.forward))
     found = {"broken": before, "why": "no layer breaks of outlier channels"}
     if not before:
@@ -153,17 +159,17 @@ def _choose(rewriter, recipe, attention):
     for names in CANDIDATES:
         with kept(rewriter.model):
             if any(rewriter.rewrite(names)[0].values()):
-                trial = _rounded(rewriter, ranges, recipe, attention)
+                trial = _rounded(rewriter.model, ranges, recipe, attention, rewriter.forward)
                 errors["+".join(names)] = output_error(trial, targets, held, rewriter.forward)
-    best = min(errors, key=errors.get)
     found["errors"] = errors
+    best = next(name for name, error in errors.items() if error <= CLOSE * min(errors.values()))
     if not errors[best] < GAIN * errors["none"]:
         found["why"] = "layers break, and no measure lowers the error of the output by a tenth"
         return (), found
     names = tuple(best.split("+"))
     with kept(rewriter.model):
         rewriter.rewrite(names)
-        trial = _rounded(rewriter, ranges, recipe, attention)
+        trial = _rounded(rewriter.model, ranges, recipe, attention, rewriter.forward)
         found["after"] = _outliers(measure(trial, first(held, DIAGNOSED), rewriter.forward))
     found["why"] = "layers break, and this leaves the least error of the output"
     return names, found
@@ -175,12 +181,12 @@ def _outliers(diagnosis):
     return {name: reason for name, reason in diagnosis["broken"].items() if name in wide}
 
 
-def _rounded(rewriter, ranges, recipe, attention):
+def _rounded(model, ranges, recipe, attention, forward):
     """Round a copy of the model to nearest."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `prepare` says again what stays in float, when it is called in earnest
-        trial = prepare(rewriter.model, recipe, attention=attention).eval()
-    calibrate(trial, ranges, forward=rewriter.forward)
+        trial = prepare(model, recipe, attention=attention).eval()
+    calibrate(trial, ranges, forward=forward)
     return trial
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import attention_in, open_attention
-from ..batches import Forward, call, logits_of
+from ..batches import Forward, call
 from ..layers import MatMul
 from ..surgery import copy_model, evaluating, replace
+from ..tracing import leaves
 from .rewriting import Heads, Joint
 
 _JOINED = ("qkv", "in_proj")
@@ -57,7 +58,7 @@ def opened(model: nn.Module) -> nn.Module:
 
 
 class Proof:
-    """What a model computed on one entry, logits and scores of attention, for comparison once it has been rewritten.
+    """What a model computed on one entry, output and scores of attention, for comparison once it has been rewritten.
 
     Args:
         model: As it is.
@@ -75,7 +76,7 @@ class Proof:
         return self.error() <= self.tolerance
 
     def error(self) -> float:
-        """Return the largest |z' - z| / |z| over the logits and the scores; infinite where they are not finite."""
+        """Return the largest |z' - z| / |z| over the output and the scores; infinite where they are not finite."""
         worst = torch.stack([_distance(new, old) for new, old in zip(self._run(), self.before, strict=True)]).max()
         return worst.item() if torch.isfinite(worst) else float("inf")
 
@@ -101,10 +102,16 @@ class Proof:
         hooks = [m.register_forward_hook(lambda m, args, out: scores.append(out.detach())) for m in products]
         try:
             with evaluating(self.model):
-                return [logits_of(call(self.model, self.entry, self.forward)).detach(), *scores]
+                return [flat(call(self.model, self.entry, self.forward)), *scores]
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def flat(output: object) -> Tensor:
+    """Lay what a model returned, its tensors of floats, out in one vector."""
+    found = [tensor.detach().flatten() for tensor in leaves(output) if tensor.is_floating_point()]
+    return torch.cat(found) if found else torch.zeros(0)
 
 
 def _distance(new, old):
