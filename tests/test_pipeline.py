@@ -106,6 +106,7 @@ def test_the_report_can_be_written_as_json():
         "pcr",
         "refinement",
         "method",
+        "safety",
         "packed",
     }
     assert set(report) == keys

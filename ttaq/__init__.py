@@ -36,6 +36,7 @@ from .preparation import prepare
 from .reconstruction import reconstruct
 from .refinement import Refinement, refine
 from .report import evaluate_grid
+from .safety import diagnose, protect
 from .spec import QuantSpec, Recipe
 from .streams import (
     continual,
@@ -71,6 +72,7 @@ __all__ = [
     "continual",
     "correlated",
     "corrupt",
+    "diagnose",
     "evaluate",
     "evaluate_grid",
     "explain",
@@ -83,6 +85,7 @@ __all__ = [
     "mixed_correlated",
     "pack",
     "prepare",
+    "protect",
     "quantize",
     "reconstruct",
     "recurring",

@@ -17,6 +17,7 @@ from .perturbation import PEM
 from .preparation import prepare
 from .reconstruction import reconstruct
 from .refinement import Refinement, refine
+from .safety import explain_safety, secure
 from .spec import Recipe
 from .surgery import device_of
 
@@ -45,6 +46,7 @@ def quantize(
     forward: Forward | None = None,
     progress: bool = True,
     attention: bool = True,
+    safety: str | Iterable[str] = "auto",
     budget: str | float | None = None,
     cache: str | int | None = None,
     resume: str | os.PathLike | None = None,
@@ -64,6 +66,7 @@ def quantize(
         forward: Runs the model on one batch, `forward(model, x)`, when `model(x)` does not.
         progress: Show a bar.
         attention: As in `prepare`: open the attention of libraries, so that its products are quantised.
+        safety: Measures that rewrite a transformer first, see `safety.protect`: "auto" takes some where layers break.
         budget: Time to take, "90s", "5min", "1h" or seconds, from the call to the return: as in `reconstruct`, and half
             of it for the whole network where the method refines.
         cache: As in `reconstruct`.
@@ -89,8 +92,10 @@ def quantize(
         raise ValueError(
             f"quantize: {METHODS[method].partition(',')[0]} takes no {', '.join(foreign)}; use method='ttaq'"
         )
+    inputs = collect("quantize", batches, device_of(model))
+    model, secured = secure(model, inputs, safety, recipe, attention=attention, forward=forward)
     quantised = prepare(model, recipe, attention=attention).eval()
-    inputs = collect("quantize", batches, device_of(quantised))
+    quantised.ttaq_report["safety"] = secured
     _warn_of_few(sum(map(count, inputs)), Recipe.parse(recipe))
     calibrate(quantised, inputs, forward=forward)
     settings = {"forward": forward, "progress": progress}
@@ -117,12 +122,12 @@ def quantize(
 
 
 def decisions(report: dict) -> list[str]:
-    """Say in sentences what the rules decided: PEM's strength, and whether the refinement was kept.
+    """Say in sentences what the rules decided: measures of safety, PEM's strength, and whether refinement was kept.
 
     Args:
         report: `model.ttaq_report`.
     """
-    found = []
+    found = explain_safety(report.get("safety") or {})
     if "pilot" in (report.get("pem") or {}):
         pem = report["pem"]
         errors = ", ".join(f"{strength}: {error:.4g}" for strength, error in pem["errors"].items())

@@ -57,6 +57,8 @@ def prepare(
     weighted = [name for name, module in chosen.items() if not isinstance(module, MatMul)]
     edges = {weighted[0], weighted[-1]} if weighted else set()
     report = {"recipe": recipe.to_json(), "fingerprint": fingerprint(model), "layers": {}, "left_out": left_out}
+    if "safety" in getattr(model, "ttaq_report", {}):
+        report["safety"] = model.ttaq_report["safety"]
     if not inplace:
         model = copy_model(model)
         opened = {name: open_attention(model.get_submodule(name)) for name in opened}
