@@ -10,7 +10,7 @@ from .attention import FusedAttention, attention_in, open_attention, reads_past,
 from .files import fingerprint
 from .layers import MatMul, QuantConv2d, QuantLinear, QuantMatMul
 from .quantizers import Quantizer
-from .spec import QuantSpec, Recipe
+from .spec import Recipe
 from .surgery import copy_model, replace
 
 _UNSERVED = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Bilinear, nn.RNNBase)
@@ -168,7 +168,8 @@ def _nothing_to_quantise(model, left_out):
 def _twin(name, module, weight, activation):
     """Build the quantised twin of a layer, or give None where the recipe keeps it in float."""
     if isinstance(module, MatMul):
-        return activation and QuantMatMul(QuantSpec(activation.bits, observer=activation.observer), auto=False)
+        spec = activation and replace_spec(activation, granularity="tensor")
+        return activation and QuantMatMul(spec, auto=False)
     if weight is None and activation is None:
         return None
     if isinstance(module, nn.Conv2d):

@@ -86,13 +86,17 @@ class Recipe:
             parse_widths(text)
 
     @classmethod
-    def parse(cls, text: "str | Recipe", *, group: int = 0, token: bool = False, **options) -> "Recipe":
+    def parse(
+        cls, text: "str | Recipe", *, group: int = 0, token: bool = False, symmetric: bool = False, **options
+    ) -> "Recipe":  # fmt: skip
         """Read "w4a8" (weight bits, activation bits; 16 keeps floats), or return a Recipe as it is.
 
         Args:
             text: Such as "w4a4", "w2a4", "w8a8", "w4a16".
             group: Inputs that share a weight scale in linear layers, or 0 for one scale an output channel.
             token: Measure one activation scale a token on every input instead of calibrating one for the tensor.
+            symmetric: Put every zero at the middle code, as TensorRT wants; costs activations that are never negative
+                half of their codes.
             options: The other fields of Recipe.
 
         Raises:
@@ -101,8 +105,8 @@ class Recipe:
         if isinstance(text, Recipe):
             return text
         w_bits, a_bits = parse_widths(text)
-        weight = None if w_bits is None else QuantSpec(w_bits, "group" if group else "channel", group)
-        activation = None if a_bits is None else QuantSpec(a_bits, "token" if token else "tensor")
+        weight = None if w_bits is None else QuantSpec(w_bits, "group" if group else "channel", group, symmetric)
+        activation = None if a_bits is None else QuantSpec(a_bits, "token" if token else "tensor", symmetric=symmetric)
         return cls(weight, activation, **options)
 
     def specs(self, name: str, *, edge: bool = False) -> tuple[QuantSpec | None, QuantSpec | None]:
