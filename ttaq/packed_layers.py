@@ -45,13 +45,16 @@ class _PackedLayer(Gridded):
         new.nonfinite = torch.zeros((), dtype=torch.int64, device=layer.weight.device)
         return new.train(layer.training)
 
+    def codes(self) -> Tensor:
+        """Return the codes of the weight, uint8, in its shape."""
+        shape = self.weight_shape()
+        codes = ops.unpack_codes(self.words, self.spec.bits, math.prod(shape[1:]))
+        return ops.from_rows(codes, shape) if len(shape) == 4 else codes
+
     @property
     def weight(self) -> Tensor:
         """The dequantised weight, made anew at each look, for models that ask a layer for its weight's dtype."""
-        shape = self.weight_shape()
-        codes = ops.unpack_codes(self.words, self.spec.bits, math.prod(shape[1:]))
-        weight = dequantise(codes, self.scale, self.zero, self.spec.group)
-        weight = ops.from_rows(weight, shape) if len(shape) == 4 else weight
+        weight = dequantise(self.codes(), self.scale, self.zero, self.spec.group)
         return weight if self.bias is None else weight.to(self.bias.dtype)
 
     @torch.no_grad()
