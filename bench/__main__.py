@@ -1,4 +1,4 @@
-"""`python -m bench run|step|quantize|models|map|compare|report|accuracy|adapters|endurance|overhead|memory`."""
+"""`python -m bench run|step|quantize|models|map|compare|report|accuracy|adapters|endurance|overhead|memory|export`."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import accuracy, adapters, endurance, machine, memory, models, overhead, quantize, rows, step, tables
+from . import accuracy, adapters, endurance, export, machine, memory, models, overhead, quantize, rows, step, tables
 from .cases import CASES, cases
 from .map import add_command as add_map
 from .measure import measure
@@ -142,6 +142,7 @@ def _parser():
     accuracy.add_command(commands)
     adapters.add_command(commands)
     endurance.add_command(commands)
+    export.add_command(commands)
     memory.add_command(commands)
     models.add_command(commands)
     overhead.add_command(commands)
