@@ -22,10 +22,12 @@ LAYERS = {
     **dict.fromkeys(["pacing", "stepping", "resuming"], 5),
     **dict.fromkeys(["preparation", "calibration", "perturbation", "consistency", "blockwise", "objectives"], 6),
     **dict.fromkeys(["costs", "reconstruction", "refinement", "closed_form", "packing", "fusion"], 6),
+    **dict.fromkeys(["onnx_layers", "onnx_graph"], 6),
     **dict.fromkeys(["checkpoint", "adaptation", "streams", "models", "safety"], 6),
     **dict.fromkeys(["pipeline", "zoo", "training", "meters", "evaluation", "report", "sources", "configuration"], 7),
-    **dict.fromkeys(["allocation", "deployment"], 7),
-    **dict.fromkeys(["demo", "doctor", "workbench", "serving", "inspection", "cli", "__main__", "__init__"], 8),
+    **dict.fromkeys(["allocation", "deployment", "export"], 7),
+    **dict.fromkeys(["demo", "doctor", "workbench", "serving", "inspection", "folders"], 8),
+    **dict.fromkeys(["cli", "__main__", "__init__"], 8),
 }
 
 # Within a layer a module imports nothing but what is named here; dispatch and streams import less than their layer may.
@@ -55,6 +57,7 @@ BESIDE = {
     "closed_form": {"perturbation", "reconstruction"},
     "safety": {"preparation", "calibration"},
     "pipeline": {"report"},
+    "onnx_graph": {"onnx_layers"},
     "evaluation": {"meters"},
     "report": {"evaluation"},
 }

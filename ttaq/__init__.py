@@ -7,7 +7,7 @@ The verbs, in the order of use:
     ttaq.reconstruct(model, batches)           # roundings and scales learned, block by block
     ttaq.refine(model, batches)                # the whole network made consistent under perturbation
     packed = ttaq.pack(model)                  # integer codes, low-bit kernels
-    ttaq.save(packed, "model.safetensors")
+    ttaq.save(packed, "model.safetensors")         # save_pretrained: a folder; export_onnx: for other runtimes
     packed = ttaq.load("model.safetensors", architecture)
     adapter = ttaq.adapt(packed, "tent")       # logits = adapter(x), for ever, on a changing stream
     fused = ttaq.fuse(packed, x)               # or, where nothing is to adapt: codes handed from layer to layer
@@ -26,6 +26,8 @@ from .closed_form import solve
 from .consistency import PCR
 from .dispatch import backend, explain
 from .evaluation import evaluate
+from .export import export_onnx, export_torch
+from .folders import from_pretrained, save_pretrained
 from .fusion import fuse
 from .layers import MatMul, QuantConv2d, QuantLinear, QuantMatMul
 from .packed_layers import PackedConv2d, PackedLinear
@@ -76,7 +78,10 @@ __all__ = [
     "evaluate",
     "evaluate_grid",
     "explain",
+    "export_onnx",
+    "export_torch",
     "find_blocks",
+    "from_pretrained",
     "fuse",
     "gradual",
     "load",
@@ -91,6 +96,7 @@ __all__ = [
     "recurring",
     "refine",
     "save",
+    "save_pretrained",
     "shuffled",
     "solve",
 ]

@@ -1,4 +1,4 @@
-"""The command line: ttaq demo | quantize | evaluate | adapt | inspect | compare | report | doctor."""
+"""The command line: ttaq demo | quantize | evaluate | adapt | inspect | compare | export | report | doctor."""
 
 import os
 import signal
@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
@@ -16,12 +17,13 @@ from .adaptation import METHODS
 from .demo import Settings, make_bars, run_demo
 from .deployment import MOST_PIXELS, Stop, line, receive, walk
 from .doctor import print_report
+from .export import export_onnx, export_torch
 from .files import write_atomically
 from .pipeline import decisions
 from .report import Results, find, render, tabulate
 from .serving import adapt_stream
 from .streams import STREAMS
-from .workbench import ANCHORED, evaluate_file, quantize_reference
+from .workbench import ANCHORED, evaluate_file, open_checkpoint, quantize_reference
 
 
 class _Sentences(TyperGroup):
@@ -266,6 +268,30 @@ def compare(
         console.print(sentence, soft_wrap=True)
     if table.row_count:
         console.print(table)
+
+
+@app.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="A checkpoint that `ttaq quantize` wrote.")],
+    out: Out = Path("model.onnx"),
+    target: Annotated[str, typer.Option(help="onnx, tensorrt or torch (.pt2, with ttaq's own ops).")] = "onnx",
+    fold: Annotated[bool, typer.Option(help="Fold BatchNorm into scales and biases (not for torch).")] = True,
+    size: Annotated[int | None, typer.Option(min=1, help="Side of the images; default: what the file says.")] = None,
+    model: Annotated[str | None, typer.Option(help="What builds the architecture, if not what the file says.")] = None,
+) -> None:
+    """Write a packed checkpoint as a file for other runtimes."""
+    packed, _, _, chosen = open_checkpoint(file, model)
+    side = size or chosen["size"]
+    if side is None:
+        raise ValueError(f"export: {file} does not say how large its images are; pass --size")
+    images = torch.zeros(2, 3, side, side)
+    if target == "torch":
+        export_torch(packed, images, out)
+    else:
+        said = export_onnx(packed, images, out, fold=fold, target=target)
+        for name, reason in said["kept"].items():
+            typer.echo(f"not folded: {name}: {reason}", err=True)
+    typer.echo(f"wrote {out}, {out.stat().st_size:,} bytes; {file} has {file.stat().st_size:,}")
 
 
 @app.command()
