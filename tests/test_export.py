@@ -172,11 +172,14 @@ def test_what_cannot_be_exported_is_said_in_a_sentence(tmp_path):
     path, x = tmp_path / "model.onnx", images()
     fresh = ttaq.prepare(BUILDERS["resnet"](), "w4a4")
     packed = ttaq.pack(small())
+    hooked = ttaq.pack(small())
+    hooked[3].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
     for model, options, sentence in (
         (fresh, {}, "conv1, .*linear: without calibrated ranges; run ttaq.calibrate first"),
         (BUILDERS["resnet"](), {}, "holds no quantised layer; call ttaq.quantize"),
         (ttaq.adapt(packed, "source"), {}, "pass adapter.export"),
         (ttaq.fuse(packed, x), {}, "is fused; export the packed model"),
+        (hooked, {}, "these layers: 3: it has hooks, which a file cannot hold; remove them"),
         (packed, {"target": "coreml"}, "target must be one of onnx, tensorrt, got 'coreml'"),
         (packed, {"opset": 17}, "opset must be 18 to 23, got 17; use 21"),
         (packed, {"batch": 0}, "batch must be a number of images from 1, got 0"),

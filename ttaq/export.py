@@ -147,6 +147,8 @@ def _unready(layer, opset):
         return "without calibrated ranges; run ttaq.calibrate first"
     if weight is not None and weight.rounding is not None:
         return "its rounding is being learned; let ttaq.reconstruct end first"
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return "it has hooks, which a file cannot hold; remove them first"
     spec = layer.spec if isinstance(layer, (PackedLinear, PackedConv2d)) else weight and weight.spec
     if spec is not None and spec.group and opset < NARROW_FROM:
         return f"groups of {spec.group} inputs share a scale; use opset={NARROW_FROM} or weights without groups"
