@@ -33,6 +33,16 @@ def activation_quantizers(modules: Iterable[nn.Module]) -> list[ActivationQuanti
     return [q for m in modules for q in m.modules() if isinstance(q, ActivationQuantizer)]
 
 
+def learned_in(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """Give what learning leaves in some modules: grids, codes and running statistics."""
+    for module in modules:
+        for quantizer in quantizers(module):
+            codes = getattr(quantizer, "codes", None)
+            yield from (quantizer.scale, quantizer.zero) if codes is None else (quantizer.scale, quantizer.zero, codes)
+        for norm in batch_norms(module):
+            yield from (getattr(norm, name) for name in MOMENTS)
+
+
 def check_ready(verb: str, model: nn.Module) -> None:
     """Refuse a model that is not calibrated, or in which calibration did not reach a layer."""
     waiting = [name for name, q in model.named_modules() if isinstance(q, Quantizer) and not q.ready]

@@ -12,6 +12,8 @@ from .blockwise import Schedule
 from .calibration import calibrate
 from .closed_form import solve
 from .consistency import PCR
+from .distributed import Team
+from .learning import quantizers
 from .pacing import REFINE, Deadline, steps_of
 from .perturbation import PEM
 from .preparation import prepare
@@ -51,6 +53,7 @@ def quantize(
     cache: str | int | None = None,
     resume: str | os.PathLike | None = None,
     graph: bool | None = None,
+    team: Team | None = None,
     **options,
 ) -> nn.Module:
     """Quantise a float model after training, on a few hundred unlabelled images.
@@ -72,7 +75,9 @@ def quantize(
         cache: As in `reconstruct`.
         resume: As in `reconstruct`; the refinement of the whole network, which comes last, begins anew.
         graph: As in `reconstruct`.
-        options: Fields of `blockwise.Schedule`, such as steps and seed. "ttaq" and "pcr" take half of the steps for
+        team: Work together with other processes, see `distributed.join`; all of them end with the same bits, which are
+            those of one process but for the rounding of sums.
+        options: Fields of `schedules.Schedule`, such as steps and seed. "ttaq" and "pcr" take half of the steps for
             each block and half of them for the whole network, which lasts about as long as "qdrop" and a half.
             `steps=other.ttaq_report` takes those of another run, which repeats one under a budget.
 
@@ -98,7 +103,9 @@ def quantize(
     quantised.ttaq_report["safety"] = secured
     _warn_of_few(sum(map(count, inputs)), Recipe.parse(recipe))
     calibrate(quantised, inputs, forward=forward)
-    settings = {"forward": forward, "progress": progress}
+    if team:
+        team.follow(grid for q in quantizers(quantised) for grid in (q.scale, q.zero))
+    settings = {"forward": forward, "progress": progress, "team": team}
     refines = method in ("ttaq", "pcr") or refinement is not None
     if method == "gptq":
         solve(quantised, inputs, pem=pem, cache=cache, **settings, **options)
