@@ -27,14 +27,14 @@ def port():
         return free.getsockname()[1]
 
 
-def start(code, size=2, command=None):
-    """Start `size` processes of a piece of code, or of a command."""
-    command, at = command or [sys.executable, "-W", "ignore", "-P", "-c", HEADER + code], port()
+def start(code, size=2):
+    """Start `size` processes of a piece of code."""
+    command, at = [sys.executable, "-W", "ignore", "-P", "-c", HEADER + code], port()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return [subprocess.Popen(command, env=environment(rank, size, at), **pipes) for rank in range(size)]
 
 
-def finish(processes, seconds=60):
+def finish(processes, seconds=300):
     """Wait for processes; return (status, output, errors) of each."""
     try:
         outputs = [process.communicate(timeout=seconds) for process in processes]

@@ -26,6 +26,7 @@ LAYERS = {
     **dict.fromkeys(["pipeline", "zoo", "training", "meters", "evaluation", "report", "sources", "configuration"], 7),
     **dict.fromkeys(["allocation", "deployment"], 7),
     **dict.fromkeys(["demo", "doctor", "workbench", "serving", "inspection", "cli", "__main__", "__init__"], 8),
+    "streaming": 6,
 }
 
 # Within a layer a module imports nothing but what is named here; dispatch and streams import less than their layer may.

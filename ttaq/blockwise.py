@@ -7,6 +7,7 @@ learning); Nagel et al., arXiv:2004.10568 (learned rounding).
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -197,7 +198,8 @@ class BlockLearner:
         for piece in pieces(len(inputs) if self.shard is None else self.shard.rows(inputs), size):
             if self.shard is not None:
                 self.share, piece = self.shard.part(piece, inputs, self.device)
-            yield lambda x=rows(inputs, piece, self.device): run_block(self.model, self.block, x)
+            x = rows(inputs, piece, self.device)
+            yield partial(run_block, self.model, self.block, x)
 
     @property
     def _summed(self):

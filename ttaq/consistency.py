@@ -78,9 +78,7 @@ class Consistency:
         shard: Of this process, where several work.
     """
 
-    def __init__(
-        self, model: nn.Module, inputs: list, forward: Forward | None, pcr: PCR, shard: Shard | None = None
-    ):
+    def __init__(self, model: nn.Module, inputs: list, forward: Forward | None, pcr: PCR, shard: Shard | None = None):
         self.model, self.forward, self.pcr = model, forward, pcr
         self.views = self.images = None
         if pcr.perturbation == "input":

@@ -108,7 +108,7 @@ def reconstruct(
     if graph and pcr and pcr.strength:
         raise ValueError("reconstruct: graph=True cannot hold PCR in blocks, whose steps differ; leave graph=None")
     if graph and team:
-        raise ValueError("reconstruct: graph=True cannot hold the shares of a team, whose sizes differ; leave graph=None")
+        raise ValueError("reconstruct: graph=True cannot hold a team's shares, whose sizes differ; leave graph=None")
     inputs = collect("reconstruct", batches, device)
     shard = Shard(team, sum(map(count, inputs))) if team else None
     with (

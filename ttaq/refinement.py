@@ -145,9 +145,7 @@ def refine(
 class _Task:
     """One refinement: the images in two parts, the loss, the steps and the verdict."""
 
-    def __init__(
-        self, model: nn.Module, images, chosen: Refinement, forward: Forward | None, team: Team | None = None
-    ):
+    def __init__(self, model: nn.Module, images, chosen: Refinement, forward: Forward | None, team: Team | None = None):
         self.model, self.chosen, self.forward, self.team = model, chosen, forward, team
         held = int(chosen.holdout * count(images))
         order = torch.randperm(count(images)).to(device_of(model))
