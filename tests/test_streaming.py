@@ -121,15 +121,14 @@ print(json.dumps([bytes_at("VmHWM") - before, sum(4 * p.numel() for p in model.p
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read from /proc")
-@pytest.mark.parametrize("method", ["qdrop", "gptq"])
-def test_the_peak_is_below_the_float_model(method, tmp_path):
-    path, (width, depth) = tmp_path / "w.safetensors", (384, 24)
+def test_the_peak_is_below_the_float_model(tmp_path):
+    path, (width, depth) = tmp_path / "w.safetensors", (256, 24)
     save_file(ViT(size=16, width=width, depth=depth).state_dict(), path)
-    settings = {"method": method} | ({"steps": 1, "batch_size": 4} if method == "qdrop" else {})
+    settings = {"method": "qdrop", "steps": 1, "batch_size": 4}
     code = PEAK.replace("SETTINGS", repr(settings)).replace("WIDTH", str(width)).replace("DEPTH", str(depth))
     code = code.replace("PATH", repr(str(path)))
     done = subprocess.run([sys.executable, "-W", "ignore", "-P", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     peak, held = json.loads(done.stdout)
-    print(f"{method}: peak {peak / 2**20:.0f} MiB, float model {held / 2**20:.0f} MiB")
+    print(f"peak {peak / 2**20:.0f} MiB, float model {held / 2**20:.0f} MiB")
     assert peak < 0.8 * held

@@ -91,7 +91,10 @@ def quantize_reference(
     outputs = check_outputs(model, batches[0][:1].cpu(), source, data, named=classes is not None)
     settings = {"seed": seed} | ({} if steps is None else {"steps": steps}) if method not in ("rtn", "gptq") else {}
     settings |= {name: value for name, value in (("budget", budget), ("resume", resume)) if value is not None}
-    learned = quantize(model.to(device), batches, bits, method=method, progress=progress, team=team, **settings)
+    model = model.to(device)
+    if team:
+        team.follow(model.state_dict().values())  # without a file each process has random weights of its own
+    learned = quantize(model, batches, bits, method=method, progress=progress, team=team, **settings)
     packed = pack(learned).cpu()
     packed.ttaq_report["options"] = options
     names = list(source.classes) if len(source.classes) == outputs else None
