@@ -200,7 +200,7 @@ class _Task:
         if plan:
             drawn = self.generator.get_state()
             with undone(optimizer, device_of(self.model)):
-                steps = plan(time_calls(step, 3 if self.team else None))
+                steps = plan(time_calls(step, 3) if self.team else time_calls(step))
                 steps = int(self.team.choose(steps)) if self.team else steps
             self.generator.set_state(drawn)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: (1 + math.cos(math.pi * k / steps)) / 2)
