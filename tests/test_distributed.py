@@ -50,6 +50,7 @@ def gradients(name, index, options, team):
     found = [[g.flatten() for g in kind if g is not None] for kind in kinds]
     return losses, [torch.cat(grads) for grads in found if grads]
 
+from safetensors.torch import save_file
 from tiny import resnet, vit
 with distributed.join() as team:
     for name, index, options in FORMS:
@@ -63,6 +64,15 @@ with distributed.join() as team:
         inputs = [input_of(name, 17), input_of(name, 7, seed=3)]
         model = ttaq.quantize(build(), inputs, "w3a4", method=method, team=team, **settings)
         torch.save([model.state_dict(), model.ttaq_report], f"PATH/{name}-{method}-{team.rank}.pt")
+    inputs = [input_of("vit", 16)]
+    timed = ttaq.quantize(vit(), inputs, "w4a4", budget=0.5, team=team, progress=False)
+    team.agree("quantize", "the network under a budget", timed.state_dict().values())
+    source = f"PATH/weights-{team.rank}.safetensors"
+    save_file(vit().state_dict(), source)
+    options = dict(method="qdrop", steps=4, batch_size=4, progress=False, team=team)
+    held = ttaq.pack(ttaq.quantize(vit(), inputs, "w4a4", **options)).state_dict()
+    streamed = ttaq.quantize(vit().to("meta"), inputs, "w4a4", weights=source, **options).state_dict()
+    assert held.keys() == streamed.keys() and all(torch.equal(held[key], streamed[key]) for key in held)
     try:
         team.agree("reconstruct", "block x", [torch.tensor([team.rank])])
     except ValueError as error:

@@ -188,7 +188,8 @@ class _Task:
 
         def step():
             picked = torch.randint(count(self.seen), (size,), generator=self.generator)
-            predictions = self.predict(take(self.seen, picked.to(device_of(self.model))), self.generator, share)
+            part = () if share is None else (share,)
+            predictions = self.predict(take(self.seen, picked.to(device_of(self.model))), self.generator, *part)
             loss = softened_divergence(*predictions, self.chosen.temperature)
             optimizer.zero_grad()
             (loss if share is None else share.weight * loss).backward()
