@@ -106,7 +106,7 @@ def quantize(
     if weights is not None and (method not in STREAMED or refinement is not None or safety not in ("auto", "off")):
         raise ValueError(
             f"quantize: weights= reads one block at a time, and so takes method {', '.join(STREAMED)} without a "
-            f"refinement and without measures of safety, got {method!r}; build the model with its weights for the others"
+            f"refinement or measures of safety, got {method!r}; build the model with its weights for the others"
         )
     inputs = collect("quantize", batches, None if weights is not None else device_of(model))
     if weights is None:
