@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from ttaq import demo, zoo
+from ttaq import demo, distributed, zoo
 from ttaq.adaptation.losses import LOSSES
 from ttaq.models import ResNet
 from ttaq.pipeline import METHODS
@@ -52,11 +52,15 @@ def main(options: argparse.Namespace) -> int:
     path = Path(options.out or FOLDER / f"grid-{options.model.replace(':', '-')}.csv")
     if options.table or options.figure:
         return summary.show(path, options)
+    if options.shards == 1:  # torchrun's processes share the models, too
+        options.shard, options.shards = distributed.placed()
     if not 0 <= options.shard < options.shards:
         raise ValueError(f"bench accuracy: --shard must be 0 to {options.shards - 1}, got {options.shard}")
     subject, source = open_subject(options)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and distributed.placed()[1] > 1:
+        torch.cuda.set_device(torch.distributed.get_node_local_rank(0))
     Grid(subject, path, Path(options.cache), device, source).run(options)
     return 0
 

@@ -6,7 +6,7 @@ from tiny import BUILDERS, Tied, Variety, assert_unchanged, calibrated, images, 
 from torch import nn
 
 import ttaq
-from ttaq import blockwise, reconstruct, reconstruction
+from ttaq import blockwise, caching, reconstruct, reconstruction
 from ttaq.blockwise import Schedule
 from ttaq.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
 
@@ -246,7 +246,7 @@ def test_a_state_from_disk_without_pickles(tmp_path):
 def test_an_interrupt_leaves_the_model_as_it_was(monkeypatch, failure, when, rounding):
     model = calibrated("resnet", "w3a4").train()
     before, state = snapshot(model), torch.get_rng_state()
-    real, count = reconstruction.squared_distance, []
+    real, count = caching.squared_distance, []
 
     def interrupted(*args):
         count.append(1)
@@ -254,7 +254,7 @@ def test_an_interrupt_leaves_the_model_as_it_was(monkeypatch, failure, when, rou
             raise failure
         return real(*args)
 
-    monkeypatch.setattr(reconstruction, "squared_distance", interrupted)
+    monkeypatch.setattr(caching, "squared_distance", interrupted)
     monkeypatch.setattr(blockwise, "squared_distance", interrupted)
     with pytest.raises(failure):
         reconstruct(model, [input_of("resnet")], rounding=rounding, **QUICK)

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 Forward = Callable[[nn.Module, Any], Tensor]
 
 
-def collect(verb: str, batches: Iterable, device: torch.device) -> list:
+def collect(verb: str, batches: Iterable, device: torch.device | None) -> list:
     """Read every batch, without its labels, and check it.
 
     Args:
         verb: Named in messages.
         batches: Tensors (B, ...), tuples whose first entry is such a tensor, or dicts of tensors for `model(**batch)`.
-        device: Where the model is.
+        device: Where the model is; None leaves them where they are.
 
     Returns:
         The inputs, one entry a batch, on `device`.
@@ -30,7 +30,7 @@ def collect(verb: str, batches: Iterable, device: torch.device) -> list:
         raise ValueError(
             f"{verb}: wanted a re-iterable of batches, got {type(batches).__name__}; pass a list of image tensors"
         )
-    if device.type == "meta":
+    if device is not None and device.type == "meta":
         raise ValueError(f"{verb}: the model is on meta and holds no weights; load them first")
     inputs = [_to(_input_of(verb, batch), device) for batch in batches]
     if not inputs:
@@ -128,6 +128,8 @@ def _input_of(verb, batch):
 
 
 def _to(entry, device):
+    if device is None:
+        return entry
     if isinstance(entry, dict):
         return {k: v.to(device) for k, v in entry.items()}
     return entry.to(device)

@@ -7,7 +7,7 @@ learning); Nagel et al., arXiv:2004.10568 (learned rounding).
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,11 @@ from .learning import activation_quantizers, adam, quant_layers
 from .norms import batch_norms, live, measure_again
 from .pacing import time_calls
 from .quantizers import clamp_scales
-from .roundings import AdaRound, StraightThrough
-from .stepping import Captured, cosine, draws, set_rates, steady, undone
+from .schedules import ROUNDINGS, Schedule
+from .sharding import Shard, Share
+from .stepping import Captured, cosine, draws, mix, set_rates, steady, undone
 from .stores import rows
 from .surgery import device_of
-
-ROUNDINGS = {"adaround": AdaRound, "ste": StraightThrough}
-DTYPES = ("float32", "bfloat16")  # float16 would need its losses scaled
 
 Extra = Callable[[int, Tensor, Tensor, Tensor, list], Tensor | float]
 """What a step adds to the loss: called with the step, what the block was given, what it gave, the numbers of the images
@@ -34,55 +32,6 @@ and the roundings."""
 
 Plan = Callable[[float], int]
 """Chooses the steps of a block by the seconds that one of them takes."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How a block is learned.
-
-    Args:
-        steps: Of Adam, for each block.
-        batch_size: Images a step.
-        rounding: "adaround" or "ste".
-        rounding_lr: Of the roundings (adaround), or of the weights as a share of their scale (ste).
-        scale_lr: Of the activation scales, as a share of each scale; decays to 0 along a cosine.
-        drop: Share of elements that pass unquantised while learning, in the block's input and in its activations.
-        penalty: Weight of AdaRound's regulariser, after the first `warmup` share of the steps.
-        warmup: Share of the steps without the regulariser.
-        statistics: "source" learns a block under the stored BatchNorm statistics; "batch" under those of each batch,
-            and then measures the stored ones again.
-        dtype: Of the block's products while it learns, "float32" or "bfloat16" (also as torch.bfloat16): autocast, so
-            that norms, softmax, quantisers and the loss stay in float32. "float32" leaves a half-precision model as it
-            is.
-        seed: Of the order of images and of what is dropped.
-    """
-
-    steps: int = 1000
-    batch_size: int = 32
-    rounding: str = "adaround"
-    rounding_lr: float = 3e-3
-    scale_lr: float = 1e-3
-    drop: float = 0.5
-    penalty: float = 0.01
-    warmup: float = 0.2
-    statistics: str = "source"
-    dtype: str = "float32"
-    seed: int = 0
-
-    def __post_init__(self):
-        object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
-        if self.dtype not in DTYPES:
-            raise ValueError(f"reconstruct: dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.rounding not in ROUNDINGS:
-            raise ValueError(f"reconstruct: rounding must be one of {', '.join(ROUNDINGS)}, got {self.rounding!r}")
-        if self.steps < 1 or self.batch_size < 1:
-            raise ValueError(
-                f"reconstruct: steps and batch_size must be 1 or more, got {self.steps}, {self.batch_size}"
-            )
-        if self.statistics not in ("source", "batch"):
-            raise ValueError(f'reconstruct: statistics must be "source" or "batch", got {self.statistics!r}')
-        if not (0 <= self.drop <= 1 and 0 <= self.warmup <= 1):
-            raise ValueError(f"reconstruct: drop and warmup are shares from 0 to 1, got {self.drop}, {self.warmup}")
 
 
 class BlockLearner:
@@ -93,10 +42,15 @@ class BlockLearner:
         block: Of the model.
         schedule: Steps and rates.
         bases: Weights to round in place of the float ones, by layer; see `perturbation.precondition`.
+        shard: Of this process, where several learn the block together on what each of them has of the images.
     """
 
-    def __init__(self, model: nn.Module, block: Block, schedule: Schedule, bases: dict[str, Tensor] | None = None):
-        self.model, self.block, self.schedule = model, block, schedule
+    def __init__(
+        self, model: nn.Module, block: Block, schedule: Schedule, bases: dict[str, Tensor] | None = None,
+        shard: Shard | None = None,
+    ):  # fmt: skip
+        self.model, self.block, self.schedule, self.shard = model, block, schedule, shard
+        self.share: Share | None = None  # of the batch at hand
         self.device = device_of(model)
         self.step, self.total = 0, schedule.steps
         self.factor: Tensor | float | None = None  # of the regulariser; a tensor where a graph reads it
@@ -153,9 +107,11 @@ class BlockLearner:
         if not self.layers and not learned:
             return
         optimizer, rates = self._optimizers(learned)
-        size = min(self.schedule.batch_size, len(targets))
+        count = len(targets) if self.shard is None else self.shard.rows(targets)
+        size = min(self.schedule.batch_size, count)
 
         def given(picked, on_host):
+            picked, on_host = self._own(picked, on_host, targets)
             x, target = (rows(store, picked, self.device, on_host) for store in (quantised, targets))
             return picked, x, rows(floats, picked, self.device, on_host) if self.schedule.drop else None, target
 
@@ -170,23 +126,36 @@ class BlockLearner:
                 with undone(optimizer, self.device):
                     self.total = plan(time_calls(lambda: run(*first)))
             self.begun = time.perf_counter()
-            for step, picks in enumerate(draws(len(targets), size, self.total, self.device)):
+            for step, picks in enumerate(draws(count, size, self.total, self.device)):
                 self._turn_to(step)
                 set_rates(optimizer, [rate(step, self.total) for rate in rates])
                 yield run(*given(*picks))
 
+    def _own(self, picked, on_host, store):
+        """Return the numbers of the images of a step, twice; those of this process where several work."""
+        if self.shard is None:
+            return picked, on_host
+        self.share = self.shard.share(on_host, store, self.device)
+        for quantizer in self.activations:
+            quantizer.share = self.share
+        return self.share.picked, self.share.on_host
+
     def _step(self, optimizer, learned, extra):
         """Return what runs one step, given the numbers of the images, their two inputs and their targets."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
         def run(picked, x, other, target):
             if other is not None:
-                _mix(x, other, self.schedule.drop)
+                mix(x, other, self.schedule.drop, self.share)
             optimizer.zero_grad()
             loss = self._loss(x, target, picked, extra)
             loss.backward()
+            loss = loss.detach()
+            if self.shard is not None:
+                loss = self.shard.team.add_up_gradients(parameters, loss)
             optimizer.step()
             clamp_scales(learned)
-            return loss.detach()
+            return loss
 
         return run
 
@@ -216,17 +185,31 @@ class BlockLearner:
             yield
         finally:
             for quantizer in self.activations:
-                quantizer.drop = 0.0
+                quantizer.drop, quantizer.share = 0.0, None
 
     def harden(self, inputs: Tensor, size: int = 128) -> None:
         """Decide the codes; where batches brought their own statistics, measure the stored ones on `inputs`."""
         for layer in self.layers.values():
             layer.weight_quantizer.harden()
-        parts = (rows(inputs, piece, self.device) for piece in pieces(len(inputs), size))
-        measure_again(self.norms, (lambda part=part: run_block(self.model, self.block, part) for part in parts))
+        measure_again(self.norms, self._passes(inputs, size), self._summed)
+
+    def _passes(self, inputs, size):
+        """Give what runs the block on one piece of the images after the other."""
+        for piece in pieces(len(inputs) if self.shard is None else self.shard.rows(inputs), size):
+            if self.shard is not None:
+                self.share, piece = self.shard.part(piece, inputs, self.device)
+            x = rows(inputs, piece, self.device)
+            yield partial(run_block, self.model, self.block, x)
+
+    @property
+    def _summed(self):
+        """Sum over the processes what those give that have a part of the batch."""
+        if self.shard is None:
+            return None
+        return lambda sums: self.shard.team.summed(sums if self.share.weight else 0.0 * sums)
 
     def _loss(self, x, target, picked, extra):
-        with live(self.norms):
+        with live(self.norms, self._summed):
             with self._autocast():
                 output = run_block(self.model, self.block, x)
             loss = squared_distance(output, target)
@@ -234,7 +217,7 @@ class BlockLearner:
                 loss = loss + extra(self.step, x, output, picked, self.roundings)
         if self.factor is not None:
             loss = loss + self.factor * sum(r.penalty for r in self.roundings if r.penalty is not None)
-        return loss
+        return loss if self.share is None else self.share.weight * loss  # the weights of all processes add up to 1
 
     def _autocast(self):
         if self.schedule.dtype == "float32":
@@ -277,12 +260,6 @@ class BlockLearner:
             self.factor.fill_(factor)
         else:
             self.factor = factor if done >= 0 else None
-
-
-def _mix(x: Tensor, other: Tensor, share: float) -> None:
-    """Replace a share of the elements of `x` by those of `other`, both finite, at random with 15 bits an element."""
-    chosen = torch.empty_like(x, dtype=torch.int16).random_() < share * (1 << 15)
-    x.lerp_(other, chosen.to(x.dtype))  # faster than torch.where
 
 
 def layers_of(model: nn.Module, block: Block) -> dict[str, QuantLinear | QuantConv2d]:

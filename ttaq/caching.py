@@ -9,6 +9,7 @@ from .batches import Forward, count
 from .blocks import Block, block_input, run_block
 from .distances import squared_distance
 from .quantizers import disabled
+from .sharding import Shard
 from .stores import Room, rows
 from .surgery import device_of
 
@@ -26,11 +27,17 @@ class BlockCache:
         inputs: Entries of `collect`.
         forward: Runs the model on one entry.
         budget: Bytes that may lie on the device, as in `stores.Room`.
+        shard: Keeps this process's images alone; losses are still those over all images.
     """
 
-    def __init__(self, model: nn.Module, inputs: list, forward: Forward | None, budget: int | None = None):
-        self.model, self.inputs, self.forward = model, inputs, forward
-        self.room = Room(device_of(model), budget)
+    def __init__(
+        self, model: nn.Module, inputs: list, forward: Forward | None, budget: int | None = None,
+        shard: Shard | None = None,
+    ):  # fmt: skip
+        self.model, self.forward, self.shard = model, forward, shard
+        self.inputs = inputs if shard is None else shard.entries(inputs)
+        device = device_of(model)
+        self.room = Room(device, budget, shard.team.size if shard and device.type == "cpu" else 1)
         self.previous: Block | None = None  # the last whose targets are there
         self._entered: Block | None = None  # the last whose inputs are
         self.quantised = self.floats = self.targets = None
@@ -75,7 +82,7 @@ class BlockCache:
         for output in self.run(block, self.quantised):
             target = rows(self.targets, slice(at, at + len(output)), output.device)
             total, at = total + squared_distance(output, target) * len(output), at + len(output)
-        return round((total / at).item(), 6)
+        return round((total / at).item() if self.shard is None else self.shard.mean(total, at), 6)
 
     def shrink(self) -> bool:
         """Move part of what is on the device outside; say whether there was any."""

@@ -16,6 +16,7 @@ from . import __version__, inspection
 from .adaptation import METHODS
 from .demo import Settings, make_bars, run_demo
 from .deployment import MOST_PIXELS, Stop, line, receive, walk
+from .distributed import join
 from .doctor import print_report
 from .export import export_onnx, export_torch
 from .files import write_atomically
@@ -124,12 +125,19 @@ def quantize(
     device: Device = "cpu",
     quiet: Quiet = False,
 ) -> None:
-    """Quantise a model on a few hundred clean images and write one packed checkpoint."""
-    report = quantize_reference(
-        model, data, out, bits=bits, method=method, weights=weights, num_classes=num_classes, images=images,
-        steps=steps, size=size, mean=_triple("mean", mean), std=_triple("std", std), classes=_names(classes),
-        seed=seed, device=device, budget=budget, resume=resume, progress=not quiet and Console().is_terminal,
-    )  # fmt: skip
+    """Quantise a model on a few hundred clean images and write one packed checkpoint.
+
+    Under `torchrun --nproc-per-node N -m ttaq quantize ...` N processes share the images and the work.
+    """
+    with join(device) as team:
+        report = quantize_reference(
+            model, data, out, bits=bits, method=method, weights=weights, num_classes=num_classes, images=images,
+            steps=steps, size=size, mean=_triple("mean", mean), std=_triple("std", std), classes=_names(classes),
+            seed=seed, device=str(team.device) if team else device, budget=budget, resume=resume, team=team,
+            progress=not quiet and Console().is_terminal,
+        )  # fmt: skip
+    if team and not team.leads:
+        return
     if weights is None:
         typer.echo("note: no --weights were given, so the model's weights are random", err=True)
     console = Console(soft_wrap=True, highlight=False, markup=False)

@@ -19,15 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .batches import Forward, collect
+from .batches import Forward, collect, count
 from .blocks import find_blocks, run_block
 from .caching import BlockCache
+from .distributed import Team
 from .layers import QuantConv2d, QuantLinear, pad_input
-from .learning import check_ready, frozen, progress_bar, quant_layers, restored_on_failure
+from .learning import check_ready, frozen, learned_in, progress_bar, quant_layers, restored_on_failure
 from .moments import measure_noise
 from .perturbation import PEM
 from .quantizers import WeightQuantizer, broadcast, disabled
 from .reconstruction import layer_sqnr
+from .sharding import Shard
 from .stores import bytes_of
 from .stores import rows as taken
 from .surgery import device_of, evaluating
@@ -46,6 +48,7 @@ def solve(
     forward: Forward | None = None,
     progress: bool = True,
     cache: str | int | None = None,
+    team: Team | None = None,
 ) -> dict:
     """Choose the codes of every weight in closed form: seconds a block where `reconstruct` takes minutes.
 
@@ -59,6 +62,7 @@ def solve(
         forward: Runs the model on one batch, `forward(model, x)`, when `model(x)` does not.
         progress: Show a bar.
         cache: As in `reconstruct`.
+        team: As in `reconstruct`: the processes sum up E[x^ x^'] and E[x x^'], and each of them rounds.
 
     Returns:
         `model.ttaq_report`, with "blocks" (loss before and after, seconds) and "sqnr" (dB of each layer).
@@ -70,13 +74,16 @@ def solve(
         raise ValueError(f"solve: damping must be above 0, got {damping}; use 0.01")
     check_ready("solve", model)
     inputs = collect("solve", batches, device_of(model))
+    shard = Shard(team, sum(map(count, inputs))) if team else None
     rows = []
     with torch.inference_mode(False), evaluating(model), frozen(model), restored_on_failure(model):
         blocks = find_blocks(model, inputs[0], forward)
-        store = BlockCache(model, inputs, forward, None if cache is None else bytes_of(cache))
+        store = BlockCache(model, inputs, forward, None if cache is None else bytes_of(cache), shard)
         layers = quant_layers(model)
         noise = _noise(model, inputs, forward, pem)
-        with progress_bar(progress) as bar:
+        if team:
+            team.follow(noise.values())
+        with progress_bar(progress and (not team or team.leads)) as bar:
             task = bar.add_task("solve", total=len(blocks))
             for block in blocks:
                 start = time.perf_counter()
@@ -84,7 +91,9 @@ def solve(
                 before = store.loss(block)
                 for name in (n for n in block.layers if n in layers and layers[n].weight_quantizer is not None):
                     ridge = _ridge(layers[name], noise.get(name), pem)
-                    _solve_layer(model, block, layers[name], quantised, floats, damping, ridge)
+                    _solve_layer(model, block, layers[name], quantised, floats, damping, ridge, team)
+                if team:
+                    team.agree("solve", f"block {block.name}", learned_in(block.resolve(model)))
                 after = store.loss(block)
                 row = {"name": block.name, "layers": list(block.layers), "before": before, "after": after}
                 rows.append(row | {"seconds": round(time.perf_counter() - start, 3)})
@@ -95,9 +104,9 @@ def solve(
     return report
 
 
-def _solve_layer(model, block, layer, quantised, floats, damping, ridge):
+def _solve_layer(model, block, layer, quantised, floats, damping, ridge, team):
     """Set the codes of one layer, those before it in its block having theirs."""
-    hessian = cross = count = 0
+    hessian = cross = seen_rows = 0
     for start in range(0, len(quantised), PIECE):
         part = slice(start, start + PIECE)
         x, other = (taken(whole, part, layer.weight.device) for whole in (quantised, floats))
@@ -108,10 +117,13 @@ def _solve_layer(model, block, layer, quantised, floats, damping, ridge):
             rows, wanted = rows_of(layer, x_hat), rows_of(layer, x_float)
             hessian = hessian + (rows @ rows.mT).double()
             cross = cross + (wanted @ rows.mT).double()
-            count += rows.shape[2]
-    if not count:
+            seen_rows += rows.shape[2]
+    if not seen_rows:
         return
-    hessian, cross = hessian / count, cross / count
+    if team:
+        hessian, cross = team.add_up(hessian), team.add_up(cross)
+        seen_rows = team.add_up(torch.tensor(float(seen_rows), dtype=torch.float64, device=hessian.device))
+    hessian, cross = hessian / seen_rows, cross / seen_rows
     power = hessian.diagonal(dim1=1, dim2=2)
     small = damping * power.mean().clamp(min=1e-12)
     weight = layer.weight.detach().flatten(1).unflatten(0, (len(hessian), -1)).double()

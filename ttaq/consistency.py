@@ -26,6 +26,7 @@ from .distances import softened_divergence, squared_distance
 from .learning import activation_quantizers
 from .quantizers import disabled
 from .roundings import sharing
+from .sharding import Shard
 from .stores import rows
 from .tracing import leaves, swap
 
@@ -74,9 +75,10 @@ class Consistency:
         inputs: Entries of `batches.collect`.
         forward: Runs the model on one entry.
         pcr: The form.
+        shard: Of this process, where several work.
     """
 
-    def __init__(self, model: nn.Module, inputs: list, forward: Forward | None, pcr: PCR):
+    def __init__(self, model: nn.Module, inputs: list, forward: Forward | None, pcr: PCR, shard: Shard | None = None):
         self.model, self.forward, self.pcr = model, forward, pcr
         self.views = self.images = None
         if pcr.perturbation == "input":
@@ -86,9 +88,9 @@ class Consistency:
                 )
             generator = torch.Generator().manual_seed(torch.initial_seed())
             views = [change_images(e, lambda x: add_noise(change_light(x, generator), generator)) for e in inputs]
-            self.views = BlockCache(model, views, forward)
+            self.views = BlockCache(model, views, forward, shard=shard)
         if pcr.objective != "feature":
-            self.images = join(inputs)
+            self.images = join(inputs if shard is None else shard.entries(inputs))
 
     def begin(self, block: Block, targets: Tensor) -> None:
         """Turn to a block, whose float outputs are `targets`."""

@@ -33,6 +33,16 @@ def activation_quantizers(modules: Iterable[nn.Module]) -> list[ActivationQuanti
     return [q for m in modules for q in m.modules() if isinstance(q, ActivationQuantizer)]
 
 
+def learned_in(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """Give what learning leaves in some modules: grids, codes and running statistics."""
+    for module in modules:
+        for quantizer in quantizers(module):
+            codes = getattr(quantizer, "codes", None)
+            yield from (quantizer.scale, quantizer.zero) if codes is None else (quantizer.scale, quantizer.zero, codes)
+        for norm in batch_norms(module):
+            yield from (getattr(norm, name) for name in MOMENTS)
+
+
 def check_ready(verb: str, model: nn.Module) -> None:
     """Refuse a model that is not calibrated, or in which calibration did not reach a layer."""
     waiting = [name for name, q in model.named_modules() if isinstance(q, Quantizer) and not q.ready]
@@ -102,7 +112,7 @@ class Learned:
 
     def __init__(self, model: nn.Module):
         self._quantizers = [
-            (q, q.scale.detach().clone(), q.zero.clone(), getattr(q, "codes", None)) for q in quantizers(model)
+            (q, q.scale.detach().clone(), q.zero.clone(), getattr(q, _held(q), None)) for q in quantizers(model)
         ]
         self._norms = [
             (n, [getattr(n, name).clone() for name in MOMENTS], hasattr(n, "float_mean")) for n in batch_norms(model)
@@ -116,12 +126,18 @@ class Learned:
             if isinstance(quantizer, ActivationQuantizer):
                 quantizer.drop = 0.0
             else:
-                quantizer.codes, quantizer.rounding = codes, None
+                setattr(quantizer, _held(quantizer), codes)
+                quantizer.rounding = None
         for norm, moments, apart in self._norms:
             for name, values in zip(MOMENTS, moments, strict=True):
                 getattr(norm, name).copy_(values)
             if not apart:  # the float model's statistics are these again
                 forget_float(norm)
+
+
+def _held(quantizer):
+    """Name what holds the codes of a weight: as words, where its float weight is in a file (`streaming`)."""
+    return "words" if hasattr(quantizer, "words") else "codes"
 
 
 @contextmanager

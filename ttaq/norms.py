@@ -5,6 +5,7 @@ The float model's statistics are kept beside the new ones, so that `quantizers.d
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .surgery import replace
 
 MOMENTS = ("running_mean", "running_var")
+
+Summed = Callable[[Tensor], Tensor]
+"""Sums a tensor over the processes that share a batch, with its gradient: `distributed.Team.summed`."""
 
 
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:
@@ -57,23 +61,56 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def live(norms: Iterable[_BatchNorm]) -> Iterator[None]:
-    """Normalise with the statistics of each batch while the context is open; what is stored stays."""
+def live(norms: Iterable[_BatchNorm], summed: Summed | None = None) -> Iterator[None]:
+    """Normalise with the statistics of each batch while the context is open; what is stored stays.
+
+    Args:
+        norms: Of a model.
+        summed: Makes the statistics those of a batch that several processes share.
+    """
     norms = list(norms)
     before = [(norm.training, norm.track_running_stats) for norm in norms]
     for norm in norms:
         norm.train()
         norm.track_running_stats = False
+        if summed is not None:
+            norm.forward = partial(_shared, norm, summed)
     try:
         yield
     finally:
         for norm, (training, tracks) in zip(norms, before, strict=True):
             norm.train(training)
             norm.track_running_stats = tracks
+            vars(norm).pop("forward", None)
+
+
+def _shared(norm: _BatchNorm, summed: Summed, x: Tensor) -> Tensor:
+    """Normalise this process's part of a batch with the moments of all of it, which are summed in float64."""
+    axes, shape = [d for d in range(x.ndim) if d != 1], (-1, *(1,) * (x.ndim - 2))
+    centre = norm.running_mean.detach().clone()  # any value does; near the mean nothing cancels
+    d = x.float() - centre.view(shape)
+    count = torch.full((1,), d.numel() / d.shape[1], dtype=torch.float64, device=d.device)
+    sums = summed(torch.cat([d.sum(axes, dtype=torch.float64), d.square().sum(axes, dtype=torch.float64), count]))
+    mean, square = (part / sums[-1] for part in sums[:-1].chunk(2))
+    var = square - mean.square()
+    if norm.track_running_stats:
+        with torch.no_grad():
+            unbiased = var * (sums[-1] / (sums[-1] - 1))
+            norm.running_mean.lerp_((mean + centre).to(centre.dtype), norm.momentum)
+            norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
+    y = (d - mean.float().view(shape)) * (var + norm.eps).rsqrt().float().view(shape)
+    if norm.weight is not None:
+        y = y * norm.weight.float().view(shape) + norm.bias.float().view(shape)
+    y = y.to(x.dtype)
+    for part in (getattr(norm, "drop", None), getattr(norm, "act", None)):  # as timm's norms go on
+        y = y if part is None else part(y)
+    return y
 
 
 @torch.no_grad()
-def measure_again(norms: Iterable[_BatchNorm], passes: Iterable[Callable[[], object]]) -> None:
+def measure_again(
+    norms: Iterable[_BatchNorm], passes: Iterable[Callable[[], object]], summed: Summed | None = None
+) -> None:
     """Replace running statistics by the mean of those of `passes`, each with the statistics of its own batch.
 
     Source: the mean over calibration batches, as in Sun et al., Hybrid 8-bit Training, arXiv:1906.08871, and Nagel et
@@ -82,6 +119,7 @@ def measure_again(norms: Iterable[_BatchNorm], passes: Iterable[Callable[[], obj
     Args:
         norms: Changed in place; the float model's statistics move to the buffers `float_mean` and `float_var`.
         passes: Calls that run the model once on a batch each.
+        summed: As in `live`.
     """
     norms = list(norms)
     if not norms:
@@ -90,7 +128,7 @@ def measure_again(norms: Iterable[_BatchNorm], passes: Iterable[Callable[[], obj
         _keep_float(norm)
     sums = [[torch.zeros_like(getattr(norm, name)) for name in MOMENTS] for norm in norms]
     count = 0
-    with live(norms), _tracking(norms):
+    with live(norms, summed), _tracking(norms):
         for run in passes:
             run()
             count += 1

@@ -16,6 +16,7 @@ from .learning import Learned
 from .moments import depth_weights, measure_noise
 from .perturbation import PEM, STRENGTHS, Propagation, preconditioned
 from .quantizers import disabled
+from .sharding import Shard
 from .surgery import device_of
 
 _LOOK = 256  # images that PEM's moments come from
@@ -32,14 +33,20 @@ class Objectives:
         forward: Runs the model on one entry.
         pem: PEM, or None for none.
         pcr: PCR in the blocks, or None for none.
+        shard: Of this process, where several work on what each of them has of the images.
     """
 
-    def __init__(self, model: nn.Module, inputs: list, forward: Forward | None, pem: PEM | None, pcr: PCR | None):
-        self.model, self.inputs, self.forward, self.pem = model, inputs, forward, pem
-        self.consistency = Consistency(model, inputs, forward, pcr) if pcr and pcr.strength else None
+    def __init__(
+        self, model: nn.Module, inputs: list, forward: Forward | None, pem: PEM | None, pcr: PCR | None,
+        shard: Shard | None = None,
+    ):  # fmt: skip
+        self.model, self.inputs, self.forward, self.pem, self.shard = model, inputs, forward, pem, shard
+        self.consistency = Consistency(model, inputs, forward, pcr, shard) if pcr and pcr.strength else None
         self.noise, self.weights, self.propagation = {}, {}, None
         if pem and (pem.snr is None or pem.depth):
             self.noise = measure_noise(model, inputs[: max(1, _LOOK // count(inputs[0]))], forward, 0)
+            if shard is not None:
+                shard.team.follow(self.noise.values())
         if pem and pem.depth:
             self.weights = depth_weights(self.noise)
 
@@ -47,7 +54,7 @@ class Objectives:
         """Return the preconditioned weights of a block's layers; none unless PEM asks for them."""
         if not (self.pem and self.pem.precondition):
             return {}
-        floats = floats.to(device_of(self.model))
+        floats = self._first(floats)
         with disabled(self.model):
             return preconditioned(layers_of(self.model, block), self._run(block, floats, floats), self.pem, self.noise)
 
@@ -61,11 +68,18 @@ class Objectives:
         """Form PEM for a block."""
         self.propagation = None
         if self.pem and self.pem.strength:
-            quantised, floats, targets = (t[:_LOOK].to(device_of(self.model)) for t in (quantised, floats, targets))
+            quantised, floats, targets = (self._first(t, _LOOK) for t in (quantised, floats, targets))
             layers = layers_of(self.model, block) | _products(self.model, block)
             run = self._run(block, quantised, floats)
             self.propagation = Propagation(self.model, layers, self.pem, self.noise, run, self.weights)
             self.scale = self.pem.strength * squared_distance(targets, torch.zeros_like(targets))
+
+    def _first(self, store, number=None):
+        """Return the first rows of a store, all unless a number is given: of all images, where several work."""
+        device = device_of(self.model)
+        if self.shard is None:
+            return store[:number].to(device)
+        return self.shard.first(store, number or self.shard.rows(store), device)
 
     def __call__(self, step: int, x: Tensor, output: Tensor, picked: Tensor, roundings: list) -> Tensor | float:
         """Return what one step adds to the loss."""
@@ -95,41 +109,56 @@ class Objectives:
         the squared distance to the float block's output on the other eighth under changes of light and noise. It is
         found once and serves all blocks; random numbers go on as if it had not been asked.
         """
-        with torch.random.fork_rng(_devices(self.model)):
-            return self._pilots(blocks, schedule)
+        whole = self.shard
+        try:
+            with torch.random.fork_rng(_devices(self.model)):
+                return self._pilots(blocks, schedule)
+        finally:
+            self.shard = whole
 
     def _pilots(self, blocks, schedule):
         block = pilot_of(blocks)
         seen, held = self._parts(block)
+        if self.shard is not None:
+            self.shard = Shard(self.shard.team, max(1, self.shard.total * 7 // 8))
         quick = replace(schedule, steps=max(1, schedule.steps // PILOT_PART))
         start, errors = Learned(self.model), {}
         chosen = self.pem
         for strength in STRENGTHS:
             self.pem = replace(chosen, strength=strength)
-            learner = BlockLearner(self.model, block, quick, self.bases(block, seen[0]))
+            learner = BlockLearner(self.model, block, quick, self.bases(block, seen[0]), self.shard)
             self._mitigate(block, seen[0], *seen)
             learner.learn(seen[0], *seen, self._added_mitigation)
             learner.harden(seen[0])
-            with torch.no_grad():
-                errors[strength] = squared_distance(run_block(self.model, block, held[0]), held[1]).item()
+            errors[strength] = self._error(block, *held)
             start.restore()
         best = min(errors, key=errors.get)
         self.pem = replace(chosen, strength=best if errors[best] <= (1 - _MARGIN) * errors[0.0] else 0.0)
         return {"strength": self.pem.strength, "pilot": block.name, "errors": errors, "pilot_steps": quick.steps}
 
     @torch.no_grad()
+    def _error(self, block, x, target):
+        """Return how far the block is from its target, over all images held out."""
+        error = squared_distance(run_block(self.model, block, x), target).item() if len(x) else 0.0
+        return error if self.shard is None else self.shard.mean(error * len(x), len(x))
+
+    @torch.no_grad()
     def _parts(self, block):
         """Return (inputs, outputs) of the float block on images as they are, and on other, perturbed ones."""
         generator = torch.Generator().manual_seed(0)
         view = [change_images(e, lambda x: add_noise(change_light(x, generator), generator)) for e in self.inputs]
+        both = (self.inputs, view) if self.shard is None else map(self.shard.entries, (self.inputs, view))
         with disabled(self.model):
             clean, moved = (
-                torch.cat([block_input(self.model, block, e, self.forward)[0] for e in entries])
-                for entries in (self.inputs, view)
+                torch.cat([block_input(self.model, block, e, self.forward)[0] for e in entries]) for entries in both
             )
-            cut = max(1, len(clean) * 7 // 8)
-            held = moved[cut:] if cut < len(clean) else moved
-            return tuple((x, run_block(self.model, block, x)) for x in (clean[:cut], held))
+            total, each = len(clean), 1
+            if self.shard is not None:
+                total, each = self.shard.total, len(clean) // self.shard.count
+            seen = max(1, total * 7 // 8)
+            cut = (seen if self.shard is None else self.shard.below(seen)) * each
+            held = moved[cut:] if seen < total else moved
+            return tuple((x, run_block(self.model, block, x) if len(x) else x) for x in (clean[:cut], held))
 
     def _run(self, block, quantised, floats):
         return lambda coded: run_block(self.model, block, quantised if coded else floats)

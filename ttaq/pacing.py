@@ -167,11 +167,16 @@ def steps_of(given: Mapping) -> dict[str, int]:
     return dict(given)
 
 
-def time_calls(run: Callable[[], object]) -> float:
-    """Return the seconds that a call takes, after a first one that is not counted; short ones are repeated."""
+def time_calls(run: Callable[[], object], times: int | None = None) -> float:
+    """Return the seconds that a call takes, after a first one that is not counted; short ones are repeated.
+
+    Args:
+        run: What is timed.
+        times: How often; None goes by the clock.
+    """
     run()
     start, calls, taken = now(), 0, 0.0
-    while calls < 3 and taken < _LONG:
+    while calls < (times or 3) and (times or taken < _LONG):
         run()
         calls, taken = calls + 1, now() - start
     return taken / calls

@@ -12,6 +12,8 @@ from .blockwise import Schedule
 from .calibration import calibrate
 from .closed_form import solve
 from .consistency import PCR
+from .distributed import Team
+from .learning import quantizers
 from .pacing import REFINE, Deadline, steps_of
 from .perturbation import PEM
 from .preparation import prepare
@@ -19,6 +21,8 @@ from .reconstruction import reconstruct
 from .refinement import Refinement, refine
 from .safety import explain_safety, secure
 from .spec import Recipe
+from .streaming import METHODS as STREAMED
+from .streaming import Streamed
 from .surgery import device_of
 
 METHODS = {
@@ -51,6 +55,8 @@ def quantize(
     cache: str | int | None = None,
     resume: str | os.PathLike | None = None,
     graph: bool | None = None,
+    team: Team | None = None,
+    weights: str | os.PathLike | None = None,
     **options,
 ) -> nn.Module:
     """Quantise a float model after training, on a few hundred unlabelled images.
@@ -72,12 +78,17 @@ def quantize(
         cache: As in `reconstruct`.
         resume: As in `reconstruct`; the refinement of the whole network, which comes last, begins anew.
         graph: As in `reconstruct`.
-        options: Fields of `blockwise.Schedule`, such as steps and seed. "ttaq" and "pcr" take half of the steps for
+        team: Work together with other processes, see `distributed.join`; all of them end with the same bits, which are
+            those of one process but for the rounding of sums.
+        weights: A .safetensors file of the float weights of a `model` on meta, too large to be held: a layer reads its
+            own when it is used, on the device where the batches lie. For "qdrop", "gptq" and "rtn".
+        options: Fields of `schedules.Schedule`, such as steps and seed. "ttaq" and "pcr" take half of the steps for
             each block and half of them for the whole network, which lasts about as long as "qdrop" and a half.
             `steps=other.ttaq_report` takes those of another run, which repeats one under a budget.
 
     Returns:
-        The quantised model in eval mode, not yet packed; `ttaq_report` says what was done.
+        The quantised model in eval mode, not yet packed, or under `weights` packed and in host memory; `ttaq_report`
+        says what was done.
 
     Raises:
         ValueError: The model, the recipe or the images do not serve.
@@ -92,13 +103,24 @@ def quantize(
         raise ValueError(
             f"quantize: {METHODS[method].partition(',')[0]} takes no {', '.join(foreign)}; use method='ttaq'"
         )
-    inputs = collect("quantize", batches, device_of(model))
-    model, secured = secure(model, inputs, safety, recipe, attention=attention, forward=forward)
+    if weights is not None and (method not in STREAMED or refinement is not None or safety not in ("auto", "off")):
+        raise ValueError(
+            f"quantize: weights= reads one block at a time, and so takes method {', '.join(STREAMED)} without a "
+            f"refinement or measures of safety, got {method!r}; build the model with its weights for the others"
+        )
+    inputs = collect("quantize", batches, None if weights is not None else device_of(model))
+    if weights is None:
+        model, secured = secure(model, inputs, safety, recipe, attention=attention, forward=forward)
+    else:
+        secured = {"asked": safety, "measures": [], "why": "its weights stay in a file"}
     quantised = prepare(model, recipe, attention=attention).eval()
     quantised.ttaq_report["safety"] = secured
+    streamed = Streamed(quantised, weights, inputs[0], forward, resume is not None) if weights is not None else None
     _warn_of_few(sum(map(count, inputs)), Recipe.parse(recipe))
     calibrate(quantised, inputs, forward=forward)
-    settings = {"forward": forward, "progress": progress}
+    if team:
+        team.follow(grid for q in quantizers(quantised) for grid in (q.scale, q.zero))
+    settings = {"forward": forward, "progress": progress, "team": team}
     refines = method in ("ttaq", "pcr") or refinement is not None
     if method == "gptq":
         solve(quantised, inputs, pem=pem, cache=cache, **settings, **options)
@@ -118,7 +140,7 @@ def quantize(
         taken = round(time.perf_counter() - start, 3)
         quantised.ttaq_report["budget"] = {"seconds": deadline.seconds, "taken": taken, "enough": not deadline.missed}
     quantised.ttaq_report["method"] = method
-    return quantised
+    return streamed.pack() if streamed else quantised
 
 
 def decisions(report: dict) -> list[str]:

@@ -86,6 +86,7 @@ class ActivationQuantizer(Quantizer):
         super().__init__(spec, (), auto, device)
         self.drop = 0.0
         self.perturbation: tuple[str, float] | None = None
+        self.share = None  # `sharding.Share` of a batch whose random numbers several processes draw alike
         if auto and spec.granularity == "token":
             self.fit(self.scale)
 
@@ -129,8 +130,10 @@ class ActivationQuantizer(Quantizer):
         if not self.perturbed:
             return ops.fake_quant(x, scale, zero, **grid)
         kind, spread, axis = self._spread(x)
-        seed = torch.randint(1 << 62, (), device=x.device)
-        return ops.perturbed_fake_quant(x, scale, zero, kind=kind, spread=spread, seed=seed, axis=axis, **grid)
+        grid |= {"kind": kind, "spread": spread, "seed": torch.randint(1 << 62, (), device=x.device), "axis": axis}
+        if self.share is None:
+            return ops.perturbed_fake_quant(x, scale, zero, **grid)
+        return self.share.within(x, lambda whole: ops.perturbed_fake_quant(whole, scale, zero, **grid))
 
     @property
     def perturbed(self) -> bool:

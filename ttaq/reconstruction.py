@@ -15,17 +15,19 @@ from functools import partial
 import torch
 from torch import nn
 
-from .batches import Forward, call, collect, take
+from .batches import Forward, call, collect, count, take
 from .blocks import Block, find_blocks
 from .blockwise import BlockLearner, Schedule
 from .caching import BlockCache
 from .consistency import PCR
 from .costs import block_costs, step_costs
+from .distributed import Team
 from .learning import (
     Learned,
     check_ready,
     frozen,
     generators,
+    learned_in,
     progress_bar,
     quant_layers,
     restored_on_failure,
@@ -38,6 +40,7 @@ from .pacing import MOST, PILOT, Deadline, Pace, steps_of
 from .perturbation import PEM
 from .quantizers import Quantizer, disabled
 from .resuming import Savepoint, identity
+from .sharding import Shard
 from .stores import bytes_of
 from .surgery import device_of, evaluating
 
@@ -55,6 +58,7 @@ def reconstruct(
     cache: str | int | None = None,
     resume: str | os.PathLike | None = None,
     graph: bool | None = None,
+    team: Team | None = None,
     **options,
 ) -> dict:
     """Learn, for each block in turn, the roundings of its weights and the scales of its activations.
@@ -79,6 +83,7 @@ def reconstruct(
         resume: A file, or a folder for one, that is written after each block; a run that finds it goes on from there
             and ends with the same bits.
         graph: Replay each block's step as a CUDA graph; None where the model is on a GPU and the step can be captured.
+        team: Learn together with other processes, see `distributed.join`: each holds its share of the images alone.
         options: Fields of Schedule. `steps` may also be steps by block, or the report of a run to repeat.
 
     Returns:
@@ -102,7 +107,10 @@ def reconstruct(
         raise ValueError(f"reconstruct: graph=True needs the model on a GPU, it is on {device.type}; leave graph=None")
     if graph and pcr and pcr.strength:
         raise ValueError("reconstruct: graph=True cannot hold PCR in blocks, whose steps differ; leave graph=None")
+    if graph and team:
+        raise ValueError("reconstruct: graph=True cannot hold a team's shares, whose sizes differ; leave graph=None")
     inputs = collect("reconstruct", batches, device)
+    shard = Shard(team, sum(map(count, inputs))) if team else None
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -112,21 +120,22 @@ def reconstruct(
         seeded(schedule.seed, device),
     ):
         blocks = find_blocks(model, inputs[0], forward)
-        objectives = Objectives(model, inputs, forward, pem, pcr)
+        objectives = Objectives(model, inputs, forward, pem, pcr, shard)
         loop = _Loop(
             model,
             blocks,
-            BlockCache(model, inputs, forward, None if cache is None else bytes_of(cache)),
+            BlockCache(model, inputs, forward, None if cache is None else bytes_of(cache), shard),
             objectives,
             schedule,
         )
-        loop.given, loop.graph = given, graph if device.type == "cuda" and objectives.steady else False
-        some = take(inputs[0], slice(schedule.batch_size))
+        loop.given, loop.shard = given, shard
+        loop.graph = graph if device.type == "cuda" and objectives.steady and not team else False
+        some = take(inputs[0], slice(-(-schedule.batch_size // (team.size if team else 1))))
         loop.costs = (step_costs if deadline else block_costs)(model, blocks, some, forward, schedule)
         if resume is not None:
             belongs = identity(model, inputs, schedule, pem=pem, pcr=pcr, steps=given)
             loop.savepoint = Savepoint(resume, model, belongs)
-        loop.run(deadline, progress)
+        loop.run(deadline, progress and (not team or team.leads))
         sqnr = layer_sqnr(model, inputs[0], forward)
     report = model.ttaq_report = getattr(model, "ttaq_report", {})
     report |= {"blocks": loop.rows, "schedule": asdict(schedule), "sqnr": sqnr}
@@ -147,6 +156,7 @@ class _Loop:
         self.graph: bool | None = False
         self.costs: dict[str, float] = {}
         self.savepoint: Savepoint | None = None
+        self.shard: Shard | None = None
         self.pace: Pace | None = None
 
     def run(self, deadline: Deadline | None, progress: bool) -> None:
@@ -165,7 +175,7 @@ class _Loop:
                 show = partial(self._show, bar, task, before, self.costs[block.name])
                 bar.update(task, description=name, completed=before)
                 self.rows.append(self._learned(block, show))
-                if self.savepoint:
+                if self.savepoint and (not self.shard or self.shard.team.leads):
                     self.savepoint.write(self.rows, self.rule)
         if self.pace:
             self.pace.close("reconstruct", len(self.blocks))
@@ -180,6 +190,8 @@ class _Loop:
             return 0
         self.rows, self.rule = self.savepoint.read()
         done = len(self.rows)
+        if self.shard and done != self.shard.team.choose(done):
+            raise ValueError(f"resume: rank {self.shard.team.rank} sees another {self.savepoint.path} than rank 0")
         if self.rule:
             self.objectives.pem = replace(self.objectives.pem, strength=self.rule["strength"])
         if deadline:
@@ -193,13 +205,18 @@ class _Loop:
                 self.objectives.follow(block)
         return done
 
+    def _steps(self, name):
+        """Choose the steps of a block by the clock: that of the first process, where several work."""
+        chosen = self.pace.steps(name)
+        return int(self.shard.team.choose(chosen)) if self.shard else chosen
+
     def _choose_strength(self):
         schedule = self.schedule
         if self.given:
             steps = self.given.get(PILOT) or sum(self.given.values()) // len(self.given) // PILOT_PART
             schedule = replace(schedule, steps=PILOT_PART * max(1, steps))
         elif self.pace:
-            schedule = replace(schedule, steps=self.pace.steps(pilot_of(self.blocks).name))
+            schedule = replace(schedule, steps=self._steps(pilot_of(self.blocks).name))
         return self.objectives.choose_strength(self.blocks, schedule)
 
     def _learned(self, block, show):
@@ -210,7 +227,7 @@ class _Loop:
             try:
                 return self._learn(block, show) | ({"retries": retries} if retries else {})
             except torch.OutOfMemoryError as error:
-                if not self.cache.shrink():
+                if self.shard or not self.cache.shrink():
                     error.add_note(f"reconstruct: {block.name} does not fit beside an empty cache; lower batch_size")
                     raise
             state.restore()
@@ -232,9 +249,9 @@ class _Loop:
         if self.given:
             schedule = replace(schedule, steps=max(1, self.given[block.name]))
         elif self.pace:
-            schedule = replace(schedule, steps=self.pace.steps(block.name))
+            schedule = replace(schedule, steps=self._steps(block.name))
             plan = partial(self.pace.steps, block.name) if self.graph is not False else None
-        learner = BlockLearner(self.model, block, schedule, self.objectives.bases(block, floats))
+        learner = BlockLearner(self.model, block, schedule, self.objectives.bases(block, floats), self.shard)
         self.objectives.begin(block, quantised, floats, targets)
         steps = 0
         for _ in learner.steps(quantised, floats, targets, self.objectives, plan=plan, graph=self.graph):
@@ -242,6 +259,8 @@ class _Loop:
             show(steps / learner.total)
         learning = time.perf_counter() - learner.begun
         learner.harden(quantised)
+        if self.shard:
+            self.shard.team.agree("reconstruct", f"block {block.name}", learned_in(block.resolve(self.model)))
         after = self.cache.loss(block)
         seconds = round(time.perf_counter() - start, 3)
         if self.pace:

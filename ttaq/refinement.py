@@ -18,21 +18,24 @@ from torch import Tensor, nn
 from .augment import add_noise, change_light, shift_and_flip
 from .batches import Forward, call, change_images, choose, collect, count, join, logits_of, pieces, take
 from .distances import softened_divergence
+from .distributed import Team
 from .learning import (
     Learned,
     adam,
     check_ready,
     frozen,
+    learned_in,
     progress_bar,
     quant_layers,
     restored_on_failure,
     seeded,
     settings,
 )
-from .norms import batch_norms, live, measure_again
+from .norms import MOMENTS, batch_norms, live, measure_again
 from .pacing import FEWEST, MOST, Deadline, time_calls
 from .quantizers import ActivationQuantizer, clamp_scales, disabled
 from .roundings import StraightThrough
+from .sharding import Share
 from .stepping import undone
 from .surgery import device_of, evaluating
 
@@ -89,6 +92,7 @@ def refine(
     forward: Forward | None = None,
     progress: bool = True,
     budget: str | float | Deadline | None = None,
+    team: Team | None = None,
     **options,
 ) -> dict:
     """Learn weights and scales of the whole network, so that perturbed images get the float model's predictions.
@@ -106,6 +110,8 @@ def refine(
         progress: Show a bar.
         budget: Time to take, "90s", "5min" or seconds: it decides the steps, of which those of the refinement are then
             the most, and `pacing.FEWEST` the least.
+        team: Learn together with other processes, see `distributed.join`: each holds all images, and computes its share
+            of every step.
         options: Fields of Refinement.
 
     Returns:
@@ -129,8 +135,8 @@ def refine(
         restored_on_failure(model),
         seeded(chosen.seed, device_of(model)),
     ):
-        task = _Task(model, images, chosen, forward)
-        outcome = task.run(progress, deadline)
+        task = _Task(model, images, chosen, forward, team)
+        outcome = task.run(progress and (not team or team.leads), deadline)
     report = model.ttaq_report = getattr(model, "ttaq_report", {})
     report["refinement"] = asdict(chosen) | outcome | {"seconds": round(time.perf_counter() - start, 3)}
     return report
@@ -139,8 +145,8 @@ def refine(
 class _Task:
     """One refinement: the images in two parts, the loss, the steps and the verdict."""
 
-    def __init__(self, model: nn.Module, images, chosen: Refinement, forward: Forward | None):
-        self.model, self.chosen, self.forward = model, chosen, forward
+    def __init__(self, model: nn.Module, images, chosen: Refinement, forward: Forward | None, team: Team | None = None):
+        self.model, self.chosen, self.forward, self.team = model, chosen, forward, team
         held = int(chosen.holdout * count(images))
         order = torch.randperm(count(images)).to(device_of(model))
         self.images, self.held = images, take(images, order[:held])
@@ -159,11 +165,17 @@ class _Task:
         for layer in layers:
             layer.weight_quantizer.harden()
         measure_again(batch_norms(self.model), self._passes())
+        if self.team:
+            self.team.follow(getattr(norm, name) for norm in batch_norms(self.model) for name in MOMENTS)
         after = self._held_out()
         worse = (after - before) if len(before) else torch.zeros(1)
         kept = bool(worse.mean() <= _ERRORS * worse.std(correction=0) / len(worse) ** 0.5)
+        if self.team:
+            kept = bool(self.team.choose(kept))
         if not kept:
             state.restore()
+        if self.team:
+            self.team.agree("refine", "the network", learned_in([self.model]))
         means = [round(values.mean().item(), 6) if len(values) else None for values in (before, after)]
         return {"held_out": dict(zip(("before", "after"), means, strict=True)), "kept": kept, "steps": steps}
 
@@ -171,20 +183,26 @@ class _Task:
         """Run the steps, as many as were chosen or as `plan` makes of the seconds of one; return their number."""
         optimizer, learned = _optimizer(self.model, layers, self.chosen)
         size, steps = min(self.chosen.batch_size, count(self.seen)), self.chosen.steps
+        share = self._share(size) if self.team else None
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
         def step():
             picked = torch.randint(count(self.seen), (size,), generator=self.generator)
-            predictions = self.predict(take(self.seen, picked.to(device_of(self.model))), self.generator)
+            part = () if share is None else (share,)
+            predictions = self.predict(take(self.seen, picked.to(device_of(self.model))), self.generator, *part)
             loss = softened_divergence(*predictions, self.chosen.temperature)
             optimizer.zero_grad()
-            loss.backward()
+            (loss if share is None else share.weight * loss).backward()
+            if share is not None:
+                self.team.add_up_gradients(parameters, share.weight * loss)
             optimizer.step()
             clamp_scales(learned)
 
         if plan:
             drawn = self.generator.get_state()
             with undone(optimizer, device_of(self.model)):
-                steps = plan(time_calls(step))
+                steps = plan(time_calls(step, 3) if self.team else time_calls(step))
+                steps = int(self.team.choose(steps)) if self.team else steps
             self.generator.set_state(drawn)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: (1 + math.cos(math.pi * k / steps)) / 2)
         with progress_bar(progress) as bar:
@@ -193,14 +211,32 @@ class _Task:
                 schedule.step()
         return steps
 
-    def predict(self, entry, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return the float model's logits, without a gradient, and the quantised ones of a perturbed view."""
+    def _share(self, size):
+        """Return this process's part of every step: each W-th image of the batch."""
+        mine = torch.arange(self.team.rank, size, self.team.size)
+        weight = len(mine) / size
+        mine = mine if len(mine) else torch.zeros(1, dtype=torch.int64)  # that counts nothing
+        there = mine.to(device_of(self.model))
+        return Share(size, there, there, mine, weight)
+
+    def predict(self, entry, generator: torch.Generator, share: Share | None = None) -> tuple[Tensor, Tensor]:
+        """Return the float model's logits, without a gradient, and the quantised ones of a perturbed view.
+
+        Args:
+            entry: Images.
+            generator: Draws the views, of all images whatever the share.
+            share: The part of a batch to answer for; None for all of it.
+        """
         entry = change_images(entry, lambda x: shift_and_flip(x, generator, min(4, *(s // 8 for s in x.shape[2:]))))
         view = change_images(entry, lambda x: self._perturb(x, generator))
         anchored = torch.rand(count(entry), generator=generator) < self.chosen.anchor
+        entry, summed = choose(anchored, entry, view), None
+        if share is not None:
+            entry, view = take(entry, share.places), take(view, share.places)
+            summed = lambda sums: self.team.summed(sums if share.weight else 0.0 * sums)  # noqa: E731
         with torch.no_grad(), disabled(self.model):
-            target = logits_of(call(self.model, choose(anchored, entry, view), self.forward))
-        with live(self.norms):
+            target = logits_of(call(self.model, entry, self.forward))
+        with live(self.norms, summed):
             return target, logits_of(call(self.model, view, self.forward))
 
     def _perturb(self, x, generator):

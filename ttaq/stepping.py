@@ -7,7 +7,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["Captured", "cosine", "draws", "set_rates", "steady", "undone"]
+from .sharding import Share
+
+__all__ = ["Captured", "cosine", "draws", "mix", "set_rates", "steady", "undone"]
 
 _WARMUP = 3  # runs before the capture, in which libraries choose their kernels and take their workspaces
 
@@ -101,3 +103,18 @@ def draws(total: int, size: int, steps: int, device: torch.device) -> Iterator[t
         return
     picked = torch.randint(total, (steps, size), device=device)
     yield from zip(picked, picked.cpu(), strict=True)
+
+
+def mix(x: Tensor, other: Tensor, share: float, part: Share | None = None) -> None:
+    """Replace a share of the elements of `x` by those of `other`, both finite, at random with 15 bits an element.
+
+    Args:
+        x: Changed in place.
+        other: Alike.
+        share: 0 to 1.
+        part: Which part of a batch `x` is; the numbers are those of the whole batch.
+    """
+    room = torch.empty_like(x, dtype=torch.int16) if part is None else part.room(x, torch.int16)
+    chosen = room.random_() < share * (1 << 15)
+    chosen = chosen if part is None else part.taken(chosen)
+    x.lerp_(other, chosen.to(x.dtype))  # faster than torch.where

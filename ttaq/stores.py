@@ -38,11 +38,12 @@ class Room:
     Args:
         device: Where the tensors are used.
         budget: Bytes that may lie there; None for half of what is free.
+        parts: Processes that share what is free.
     """
 
-    def __init__(self, device: torch.device, budget: int | None = None):
+    def __init__(self, device: torch.device, budget: int | None = None, parts: int = 1):
         self.device = device
-        self.budget = _free(device) // 2 if budget is None else budget
+        self.budget = _free(device) // (2 * parts) if budget is None else budget
         self._inside: list[weakref.ref] = []
         self._outside: list[weakref.ref] = []
 

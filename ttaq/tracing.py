@@ -247,7 +247,8 @@ def trace(
     inside = {part for _, module, layer in modules if layer for part in list(module.modules())[1:]}
     weights: dict[tuple[int, int], list[str]] = {}
     for name, module, layer in modules:
-        if layer and module not in inside:
+        made_anew = isinstance(getattr(type(module), "weight", None), property)  # its address is given away again
+        if layer and module not in inside and not made_anew:
             key = (module.weight.untyped_storage()._cdata, module.weight.storage_offset())
             weights.setdefault(key, []).append(name)
     watch, hooks = Trace(weights), []

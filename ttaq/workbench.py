@@ -9,6 +9,7 @@ from torch import nn
 
 from .adaptation import METHODS, adapt, options_of
 from .checkpoint import load, read_header, save
+from .distributed import Team
 from .doctor import describe_machine
 from .evaluation import Result, evaluate
 from .packing import pack
@@ -45,6 +46,7 @@ def quantize_reference(
     budget: str | None = None,
     resume: str | Path | None = None,
     progress: bool = True,
+    team: Team | None = None,
 ) -> dict:
     """Build a model by reference, quantise it on images of a folder, and write a packed checkpoint.
 
@@ -68,9 +70,10 @@ def quantize_reference(
         budget: Time to quantise in, such as "5min"; None for as long as the steps take.
         resume: File that is written after each block, from which a killed run goes on.
         progress: Show a bar.
+        team: As in `pipeline.quantize`; the first process writes.
 
     Returns:
-        The packed model's report, with "float_bytes" and "file_bytes".
+        The packed model's report, with "float_bytes" and, in the process that writes, "file_bytes".
 
     Raises:
         ValueError: A name, a file, the images or the recipe do not serve; nothing is written then.
@@ -88,12 +91,17 @@ def quantize_reference(
     outputs = check_outputs(model, batches[0][:1].cpu(), source, data, named=classes is not None)
     settings = {"seed": seed} | ({} if steps is None else {"steps": steps}) if method not in ("rtn", "gptq") else {}
     settings |= {name: value for name, value in (("budget", budget), ("resume", resume)) if value is not None}
-    learned = quantize(model.to(device), batches, bits, method=method, progress=progress, **settings)
+    model = model.to(device)
+    if team:
+        team.follow(model.state_dict().values())  # without a file each process has random weights of its own
+    learned = quantize(model, batches, bits, method=method, progress=progress, team=team, **settings)
     packed = pack(learned).cpu()
     packed.ttaq_report["options"] = options
     names = list(source.classes) if len(source.classes) == outputs else None
-    save(packed, out, reference=reference, preprocessing=chosen, classes=names)
     float_bytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    if team and not team.leads:
+        return packed.ttaq_report | {"float_bytes": float_bytes}
+    save(packed, out, reference=reference, preprocessing=chosen, classes=names)
     return packed.ttaq_report | {"float_bytes": float_bytes, "file_bytes": Path(out).stat().st_size}
 
 
