@@ -34,7 +34,6 @@ def test_what_is_measured(quantize, bench):
     assert [row["steps"] for row in found["blocks"]] == [1] * len(found["blocks"])
     assert found["seconds"] >= sum(row["seconds"] for row in found["blocks"]) + found["refinement"]
     assert found["image_bytes"] == 6 * 3 * 64 * 64 * 4
-    assert found["peak_bytes"] > 0
     assert found["device_peak_bytes"] is None
     text = quantize.table(found)
     assert text.startswith("test_vit, w4a4, ttaq, 6 images of 64, batch 4, cpu, 1 threads\n")
@@ -49,6 +48,7 @@ def test_the_command_runs_in_a_process_of_its_own(quantize, bench, tmp_path, cap
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
     assert gated == ["test_loop.py"]
     assert {"commit", "machine", "torch", "seconds", "blocks"} <= set(found)
+    assert found["peak_bytes"] > 0  # which a process that freed memory before could hide
     assert quantize.table(found) in capsys.readouterr().out
     assert quantize.run(options, lambda path: False) == 1
 
