@@ -124,7 +124,7 @@ print(json.dumps([bytes_at("VmHWM") - before, sum(4 * p.numel() for p in model.p
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read from /proc")
 @pytest.mark.slow
 def test_the_peak_is_below_the_float_model(tmp_path):
-    path, (width, depth) = tmp_path / "w.safetensors", (384, 24)
+    path, (width, depth) = tmp_path / "w.safetensors", (384, 36)
     save_file(ViT(size=16, width=width, depth=depth).state_dict(), path)
     settings = {"method": "qdrop", "steps": 1, "batch_size": 4}
     code = PEAK.replace("SETTINGS", repr(settings)).replace("WIDTH", str(width)).replace("DEPTH", str(depth))
