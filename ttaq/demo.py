@@ -2,6 +2,7 @@
 
 import importlib.util
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -155,8 +156,10 @@ class _Demo:
             self.results.notes.append(f"{name} has no batch statistics, so norm has nothing to do and is left out.")
         row = {"model": name, "bits": "float", "method": "none"}
         self.measure(model, row | {"form": "float", "bytes": path.stat().st_size})
-        for width in bits:
-            self.quantise(name, model, width)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "quantize: .* images are few")  # the digits hold no more
+            for width in bits:
+                self.quantise(name, model, width)
 
     def quantise(self, name: str, model: nn.Module, bits: str) -> None:
         """Measure one width: rounded to nearest, reconstructed, and packed, saved and loaded again."""
