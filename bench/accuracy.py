@@ -134,6 +134,20 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(command=main)
 
 
+def add_subject(parser: argparse.ArgumentParser) -> None:
+    """Declare what chooses a model, quantises it and keeps it, for the commands that measure how it adapts."""
+    parser.add_argument(
+        "--model", default="resnet20", help="as for `bench accuracy`, and so data, calibration, weights"
+    )
+    for name in ("data", "calibration", "weights", "commit", "out"):
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--images", type=int, default=1024, help="calibration images")
+    parser.add_argument("--steps", type=int, default=500, help="steps a block")
+    parser.add_argument("--method", default="ttaq", help="how models are quantised")
+    parser.add_argument("--cache", default=str(machine.ROOT / ".cache"), help="folder of packed models")
+    parser.add_argument("--threads", type=int, default=0)
+
+
 def _help(name, default):
     there = [str(value) for value in dict.fromkeys([*default, *KNOWN.get(name, ())])]
     return f"of {', '.join(there)}; default: {', '.join(map(str, default))}"

@@ -123,13 +123,7 @@ def table(rows: list[dict]) -> str:
 def add_command(commands: argparse._SubParsersAction) -> None:
     """Declare the command and its options."""
     parser = commands.add_parser("adapters", help="every adaptation method on every kind of stream")
-    parser.add_argument("--model", default="resnet20", help="as for `bench accuracy`, and so the next four")
-    for name in ("data", "calibration", "weights", "commit", "out"):
-        parser.add_argument(f"--{name}")
-    parser.add_argument("--images", type=int, default=1024, help="calibration images")
-    parser.add_argument("--steps", type=int, default=500, help="steps a block")
-    parser.add_argument("--method", default="ttaq", help="how models are quantised")
-    parser.add_argument("--cache", default=str(machine.ROOT / ".cache"), help="folder of packed models")
+    accuracy.add_subject(parser)
     parser.add_argument("--bits", type=accuracy.list_of(read=Recipe.parse), default=[FLOAT, "w4a4", "w2a2"])
     parser.add_argument("--seeds", type=accuracy.list_of(read=accuracy.whole, made=True), default=[0])
     parser.add_argument("--adapters", type=accuracy.list_of(METHODS), default=list(METHODS))
@@ -137,6 +131,5 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--guards", type=accuracy.list_of(GUARDS), default=["on", "off"])
     parser.add_argument("--stream-images", type=int, default=500, help="a corruption")
     parser.add_argument("--batch-size", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--table", action="store_true", help="print the rows and measure nothing")
     parser.set_defaults(command=run)

@@ -276,19 +276,12 @@ def _resident():
 def add_command(commands: argparse._SubParsersAction) -> None:
     """Declare the command and its options."""
     parser = commands.add_parser("endurance", help="100,000 images with faults, killed and resumed")
-    parser.add_argument("--model", default="resnet20", help="as for `bench accuracy`, and so the next four")
-    for name in ("data", "calibration", "weights", "commit", "out"):
-        parser.add_argument(f"--{name}")
-    parser.add_argument("--images", type=int, default=1024, help="calibration images")
-    parser.add_argument("--steps", type=int, default=500, help="steps a block")
-    parser.add_argument("--method", default="ttaq", help="how the model is quantised")
-    parser.add_argument("--cache", default=str(machine.ROOT / ".cache"), help="folder of packed models")
+    accuracy.add_subject(parser)
     parser.add_argument("--bits", default="w4a4")
     parser.add_argument("--adapter", default="tent")
     parser.add_argument("--stream-images", type=int, default=100_000, help="a multiple of 1,000")
     parser.add_argument("--kill-every", type=int, default=10_000, help="images; 0 never kills")
     parser.add_argument("--save-every", type=int, default=500, help="images from one state to the next")
-    parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--folder", default=str(machine.ROOT / ".cache/endurance"), help="of journal and state; empty")
     parser.add_argument("--figure", help="a PNG of memory and error")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)

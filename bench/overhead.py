@@ -104,18 +104,11 @@ def table(rows: list[dict]) -> str:
 def add_command(commands: argparse._SubParsersAction) -> None:
     """Declare the command and its options."""
     parser = commands.add_parser("overhead", help="what a batch costs each adaptation method")
-    parser.add_argument("--model", default="resnet20", help="as for `bench accuracy`, and so the next four")
-    for name in ("data", "calibration", "weights", "commit", "out"):
-        parser.add_argument(f"--{name}")
-    parser.add_argument("--images", type=int, default=1024, help="calibration images")
-    parser.add_argument("--steps", type=int, default=500, help="steps a block")
-    parser.add_argument("--method", default="ttaq", help="how the model is quantised")
-    parser.add_argument("--cache", default=str(machine.ROOT / ".cache"), help="folder of packed models")
+    accuracy.add_subject(parser)
     parser.add_argument("--bits", default="w4a4")
     parser.add_argument("--guard", choices=GUARDS, default="on")
     parser.add_argument("--adapters", type=accuracy.list_of(METHODS), default=list(METHODS))
     parser.add_argument("--batch-sizes", type=accuracy.list_of(read=accuracy.whole, made=True), default=[1, 64])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--table", action="store_true", help="print the rows and measure nothing")
     parser.set_defaults(command=run)

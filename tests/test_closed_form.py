@@ -6,8 +6,9 @@ from tiny import Variety, calibrated, images, settle
 from torch import nn
 
 import ttaq
-from ttaq.closed_form import feed_back, rows_of, solve
+from ttaq.closed_form import feed_back, solve
 from ttaq.layers import QuantConv2d, QuantLinear
+from ttaq.moments import patches_of
 from ttaq.perturbation import PEM
 from ttaq.quantizers import dequantise
 
@@ -82,7 +83,7 @@ def test_the_objective_is_lower_than_that_of_rounding_to_nearest(bits):
 def test_patches_are_what_a_convolution_multiplies(options):
     layer = QuantConv2d.from_float(nn.Conv2d(8, 16, 3, padding=1, bias=False, **options), "w4a8")
     x = torch.randn(2, 8, 5, 5)
-    rows = rows_of(layer, x)
+    rows = patches_of(layer, x)
     weight = layer.weight.detach().flatten(1).unflatten(0, (layer.groups, -1))
     float_conv = nn.Conv2d(8, 16, 3, padding=1, bias=False, **options)
     float_conv.weight = layer.weight
@@ -137,6 +138,8 @@ def test_the_ridge_of_pem_makes_weights_smaller_in_noisy_channels():
 def test_wrong_calls_get_a_remedy():
     with pytest.raises(ValueError, match=r"solve: the model is not calibrated; call ttaq.prepare and ttaq.calibrate"):
         solve(ttaq.prepare(ttaq.models.ResNet(depth=8)), [images(4)], **QUIET)
+    with pytest.raises(ValueError, match=r"no rule chooses the strength of PEM here; give it, as PEM\(strength=0.1\)"):
+        solve(calibrated("resnet", "w4a4"), [images(4)], pem=PEM(), **QUIET)
     with pytest.raises(ValueError, match=r"damping must be above 0, got 0; use 0\.01"):
         solve(calibrated("resnet", "w4a4"), [images(4)], damping=0, **QUIET)
 

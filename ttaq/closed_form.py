@@ -17,15 +17,14 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .batches import Forward, collect, count
 from .blocks import find_blocks, run_block
 from .caching import BlockCache
 from .distributed import Team
-from .layers import QuantConv2d, QuantLinear, pad_input
+from .layers import QuantConv2d, QuantLinear
 from .learning import check_ready, frozen, learned_in, progress_bar, quant_layers, restored_on_failure
-from .moments import measure_noise
+from .moments import measure_noise, patches_of
 from .perturbation import PEM
 from .quantizers import WeightQuantizer, broadcast, disabled
 from .reconstruction import layer_sqnr
@@ -72,6 +71,8 @@ def solve(
     """
     if not damping > 0:
         raise ValueError(f"solve: damping must be above 0, got {damping}; use 0.01")
+    if pem and pem.strength is None:
+        raise ValueError("solve: no rule chooses the strength of PEM here; give it, as PEM(strength=0.1)")
     check_ready("solve", model)
     inputs = collect("solve", batches, device_of(model))
     shard = Shard(team, sum(map(count, inputs))) if team else None
@@ -114,7 +115,7 @@ def _solve_layer(model, block, layer, quantised, floats, damping, ridge, team):
         with disabled(model):
             meant = _given(layer, lambda x=other: run_block(model, block, x))
         for x_hat, x_float in zip(seen, meant, strict=True):
-            rows, wanted = rows_of(layer, x_hat), rows_of(layer, x_float)
+            rows, wanted = patches_of(layer, x_hat), patches_of(layer, x_float)
             hessian = hessian + (rows @ rows.mT).double()
             cross = cross + (wanted @ rows.mT).double()
             seen_rows += rows.shape[2]
@@ -170,15 +171,6 @@ def feed_back(weight: Tensor, hessian: Tensor, quantizer: WeightQuantizer, like:
     back = torch.empty_like(codes)
     back[:, :, order] = codes
     return back.flatten(0, 1).reshape(like.shape).to(torch.uint8)
-
-
-def rows_of(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return what the rows of a weight are multiplied by, (groups, K, n), float32: tokens, or patches of images."""
-    if isinstance(layer, QuantLinear):
-        return x.detach().flatten(0, -2).float().mT[None]
-    x, padding = pad_input(layer, x.detach().float())
-    patches = F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
-    return patches.transpose(0, 1).flatten(1).unflatten(0, (layer.groups, -1))
 
 
 def _given(layer, run):

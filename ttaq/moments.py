@@ -2,10 +2,11 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .augment import add_noise, change_light
 from .batches import Forward, call, change_images, has_images
-from .layers import QuantConv2d, QuantLinear
+from .layers import QuantConv2d, QuantLinear, pad_input
 from .quantizers import disabled
 
 
@@ -103,3 +104,12 @@ def calls_of(layers, run):
         for hook in hooks:
             hook.remove()
     return found
+
+
+def patches_of(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return what the rows of a weight are multiplied by, (groups, K, n), float32: tokens, or patches of images."""
+    if isinstance(layer, QuantLinear):
+        return x.detach().flatten(0, -2).float().mT[None]
+    x, padding = pad_input(layer, x.detach().float())
+    patches = F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
+    return patches.transpose(0, 1).flatten(1).unflatten(0, (layer.groups, -1))

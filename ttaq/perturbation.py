@@ -17,10 +17,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .layers import QuantLinear, QuantMatMul, pad_input
-from .moments import by_channel, calls_of, energy, inputs_of, noise_like, output_energy
+from .layers import QuantLinear, QuantMatMul
+from .moments import by_channel, calls_of, energy, inputs_of, noise_like, output_energy, patches_of
 from .quantizers import ActivationQuantizer, disabled
 
 FORMS = ("analytic", "clipped", "measured")
@@ -211,10 +210,8 @@ def preconditioned(layers: dict[str, nn.Module], run: Callable[[bool], object], 
 def _patches(layer, x, images=64, columns=8192):
     """Return samples of what the rows of the weight are multiplied by, (groups, K, n), float64."""
     if isinstance(layer, QuantLinear):
-        return x.detach().flatten(0, -2)[:columns].t()[None].double()
-    x, padding = pad_input(layer, x[:images].detach())
-    unfolded = F.unfold(x.float(), layer.kernel_size, layer.dilation, padding, layer.stride)
-    rows = unfolded.transpose(0, 1).flatten(1).unflatten(0, (layer.groups, -1))
+        return patches_of(layer, x)[..., :columns].double()
+    rows = patches_of(layer, x[:images])
     return rows[..., torch.randperm(rows.shape[2], device=x.device)[:columns]].double()
 
 
