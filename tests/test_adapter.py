@@ -185,7 +185,7 @@ def test_foreign_states_are_refused_and_change_nothing():
     before = adapter.state_dict()["tensors"]
     good = adapt(cnn(), "tent").state_dict()
     cases = [
-        (adapt(cnn(), "norm").state_dict(), "expected format 2 of method 'tent', got 2 of 'norm'"),
+        (adapt(cnn(), "norm").state_dict(), "expected format 3 of method 'tent', got 3 of 'norm'"),
         ({**good, "format": 9}, "got 9 of"),
         ({**good, "tensors": {**good["tensors"], "1.weight": torch.zeros(3)}}, r"1.weight must have shape \(8,\), got"),
         ({**good, "tensors": {}}, "must have shape"),

@@ -38,7 +38,7 @@ def test_what_is_no_state_is_refused_in_one_sentence(tmp_path):
         adapter.resume(tmp_path / "code.pt")
     with pytest.raises(ValueError, match="there is no file"):
         adapter.resume(tmp_path / "none.pt")
-    with pytest.raises(ValueError, match="of method 'tent', got 2 of 'norm'"):
+    with pytest.raises(ValueError, match="of method 'tent', got 3 of 'norm'"):
         adapter.resume(adapt(cnn(), "norm").save(tmp_path / "norm.pt"))
     with pytest.raises(ValueError, match="must have shape"):
         adapter.resume(adapt(vit(), "tent").save(tmp_path / "vit.pt"))

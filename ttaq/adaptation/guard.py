@@ -165,7 +165,7 @@ class Guard:
         """Take up what `state_dict` returned."""
         self.correlation.load_state_dict(state["correlation"])
         self.collapse.load_state_dict(state["collapse"])
-        self.normalisation.looked = state.get("looked", True)  # older states do not say it
+        self.normalisation.looked = state["looked"]
 
     def restore(self) -> None:
         """Write the copied state back."""

@@ -13,7 +13,7 @@ import torch
 
 from ..files import write_atomically
 
-FORMAT = 2
+FORMAT = 3
 PARTS = {"format", "method", "tensors", "memory", "parts", "counters"}
 
 
