@@ -44,7 +44,9 @@ def subjects() -> list[Subject]:
 
     return [
         Subject("ViT-S block, quantised products", lambda: nn.Sequential(Layer(384, 6)), (197, 384)),
+        Subject("ViT-B block, quantised products", lambda: nn.Sequential(Layer(768, 12)), (197, 768)),
         Subject("ViT-S block of timm", lambda: timm.create_model("vit_small_patch16_224").blocks[:1], (197, 384)),
+        Subject("ViT-B block of timm", lambda: timm.create_model("vit_base_patch16_224").blocks[:1], (197, 768)),
         Subject("ResNet-50 layer3", lambda: timm.create_model("resnet50").layer3, (512, 28, 28)),
     ]
 
