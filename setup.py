@@ -172,7 +172,7 @@ class NativeWheel(bdist_wheel):
 
 
 setup(
-    packages=["ttaq", "ttaq.adaptation", "ttaq.report", "ttaq.safety", "ttaq.streams", "ttaq.kernels"],
+    packages=["ttaq", "ttaq.adaptation", "ttaq.cli", "ttaq.report", "ttaq.safety", "ttaq.streams", "ttaq.kernels"],
     package_dir={"ttaq": "ttaq", "ttaq.kernels": "kernels"},
     package_data={"ttaq": ["py.typed"]},
     ext_modules=[Extension(f"ttaq.kernels._native_{kind}", sources(kind), optional=True) for kind in KINDS],

@@ -27,6 +27,7 @@ LAYERS = {
     **dict.fromkeys(["pipeline", "zoo", "training", "meters", "evaluation", "report", "sources", "configuration"], 7),
     **dict.fromkeys(["allocation", "deployment", "export"], 7),
     **dict.fromkeys(["demo", "doctor", "workbench", "serving", "inspection", "folders"], 8),
+    **dict.fromkeys(["cards", "jobs", "measurement", "plans"], 8),
     **dict.fromkeys(["cli", "__main__", "__init__"], 8),
 }
 

@@ -346,7 +346,7 @@ def test_demo_hands_its_options_on(monkeypatch, tmp_path):
         asked.update(out=out, settings=settings, console=console)
         raise ValueError("demo: enough")
 
-    monkeypatch.setattr(cli, "run_demo", run)
+    monkeypatch.setattr(cli.making, "run_demo", run)
     args = ["--out", tmp_path, "--images", 30, "--steps", 5, "--seed", 4, "--epochs", 2, "--quiet"]
     assert refused("demo", *args) == "ttaq: demo: enough"
     assert asked == {"out": tmp_path, "settings": Settings(images=30, steps=5, seed=4, epochs=2), "console": None}

@@ -13,7 +13,7 @@ from .sharding import Shard
 from .stores import Room, rows
 from .surgery import device_of
 
-_PIECE = 128  # images that run at once
+_PIECE, _ROOM = 128, 2**23  # rows that run at once, and bytes of them: a block's inside is a dozen times as large
 
 
 class BlockCache:
@@ -71,8 +71,9 @@ class BlockCache:
         self._entered = block
 
     @torch.no_grad()
-    def run(self, block: Block, x: Tensor, size: int = _PIECE) -> Iterator[Tensor]:
+    def run(self, block: Block, x: Tensor) -> Iterator[Tensor]:
         """Run one block over all images, and give the output of one piece after the other."""
+        size = _piece(x)
         for start in range(0, len(x), size):
             yield run_block(self.model, block, rows(x, slice(start, start + size), self.room.device))
 
@@ -98,8 +99,9 @@ class BlockCache:
             yield count(entry), block_input(self.model, block, entry, self.forward)[0]
 
     def _outputs(self, block, x):
-        for start, part in zip(range(0, len(x), _PIECE), self.run(block, x), strict=True):
-            yield min(_PIECE, len(x) - start), part
+        size = _piece(x)
+        for start, part in zip(range(0, len(x), size), self.run(block, x), strict=True):
+            yield min(size, len(x) - start), part
 
     def _keep(self, total, parts, spare=None):
         """Write pieces one after the other into one tensor: `spare`, where they fit it.
@@ -121,6 +123,11 @@ class BlockCache:
             kept[at : at + len(part)] = part
             at += len(part)
         return kept if at == len(kept) else kept[:at]
+
+
+def _piece(x):
+    """Choose how many rows run at once."""
+    return max(1, min(_PIECE, _ROOM * len(x) // max(1, x.numel() * x.element_size())))
 
 
 def _fits(spare, part, total):

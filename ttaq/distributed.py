@@ -59,6 +59,12 @@ class Team:
         self._run(dist.all_gather, found, padded)
         return [part[:length] for part, length in zip(found, lengths, strict=True)]
 
+    def share(self, value: object) -> list:
+        """Return what each process gives here, rank by rank: plain values, sent between the job's own processes."""
+        found: list = [None] * self.size
+        self._run(dist.all_gather_object, found, value)
+        return found
+
     @torch.no_grad()
     def follow(self, tensors: Iterable[Tensor]) -> None:
         """Take over the first process's values, in place."""

@@ -9,14 +9,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .adaptation import Adapter
+from .adaptation import Adapter, Source
+from .distributed import Team
 from .files import write_atomically
 from .meters import CalibrationError, Memory, Passes
+from .streams import Stream
 from .surgery import device_of, evaluating
 
 FORMAT = 1
@@ -138,6 +141,7 @@ def evaluate(
     reset: bool = False,
     forward: Callable[[nn.Module, Tensor], Tensor] | None = None,
     progress: Callable[[int], object] | None = None,
+    team: Team | None = None,
 ) -> Result:
     """Predict a stream in its order and count the errors of each domain.
 
@@ -151,14 +155,19 @@ def evaluate(
         reset: Reset the adapter where a domain begins; False lets it carry on (continual adaptation).
         forward: Runs the model on images, when `model(x)` does not give logits.
         progress: Called with the number of images after each batch.
+        team: Processes that take the batches in turn, each with the same model; all of them return the same result,
+            whose seconds are those of the slowest. An Adapter that adapts meets one batch after the other, and so
+            takes no team.
 
     Returns:
         Errors per domain, class and visit, calibration, passes, memory and seconds; an image with NaN among its
         logits counts as an error.
 
     Raises:
-        ValueError: The stream is empty, or `reset` is asked of a model that cannot.
+        ValueError: The stream is empty, `reset` is asked of a model that cannot, or a team is to adapt.
     """
+    if team and isinstance(model, Adapter) and not isinstance(model.method, Source):
+        raise ValueError("evaluate: an adapter learns from one batch after the other; leave out team=")
     if reset and not hasattr(model, "reset"):
         raise ValueError("evaluate: reset wants an Adapter; wrap the model with ttaq.adapt(model, 'source')")
     device = device_of(model)
@@ -166,7 +175,7 @@ def evaluate(
     adapts = isinstance(model, Adapter)
     counted = passes.counting(model.method) if adapts else nullcontext()
     with torch.no_grad(), evaluating(model), counted:
-        for batch in stream:
+        for batch in _dealt(stream, team):
             if reset and batch.first:
                 model.reset()
             start = time.perf_counter()
@@ -178,7 +187,18 @@ def evaluate(
             tally.add(batch, logits, guesses == batch.labels)
             if progress is not None:
                 progress(len(guesses))
+    if team:
+        tally = _Tally.gather(team.share((tally, passes.forwards, passes.backwards)), passes)
     return tally.result(passes, memory)
+
+
+def _dealt(stream: Iterable, team: Team | None) -> Iterable:
+    """Give this process its batches; a Stream does not read those of the others."""
+    if team is None:
+        return stream
+    if isinstance(stream, Stream):
+        return stream.part(team.rank, team.size)
+    return islice(stream, team.rank, None, team.size)
 
 
 class _Tally:
@@ -187,6 +207,8 @@ class _Tally:
     def __init__(self) -> None:
         self.images, self.wrong, self.class_images, self.class_wrong = (Counter() for _ in range(4))
         self.visit_images, self.visit_wrong = Counter(), Counter()
+        self.first: dict[str, int] = {}  # domain to the number of the batch in which it was met first
+        self.batches = 0
         self.calibration = CalibrationError()
         self.seconds = 0.0
 
@@ -195,12 +217,32 @@ class _Tally:
         names = getattr(batch, "domains", None) or (batch.domain,) * len(hits)
         visit, right = getattr(batch, "visit", 0), hits.tolist()
         self.images.update(names)
+        for name in names:
+            self.first.setdefault(name, self.batches)
+        self.batches += 1
         self.wrong.update(name for name, hit in zip(names, right, strict=True) if not hit)
         self.class_images.update(batch.labels.tolist())
         self.class_wrong.update(batch.labels[~hits].tolist())
         self.visit_images[visit] += len(right)
         self.visit_wrong[visit] += right.count(False)
         self.calibration.add(logits, hits)
+
+    @classmethod
+    def gather(cls, parts: list[tuple["_Tally", int, int]], passes: Passes) -> "_Tally":
+        """Add up what each process counted, and its passes; domains come in the order of the stream."""
+        whole = cls()
+        for tally, *_ in parts:
+            for name in ("images", "wrong", "class_images", "class_wrong", "visit_images", "visit_wrong"):
+                getattr(whole, name).update(getattr(tally, name))
+            whole.calibration.join(tally.calibration)
+            whole.seconds = max(whole.seconds, tally.seconds)
+        passes.forwards, passes.backwards = (sum(part[i] for part in parts) for i in (1, 2))
+        met = {}
+        for rank, (tally, *_) in enumerate(parts):
+            for name, batch in tally.first.items():
+                met[name] = min(met.get(name, (batch * len(parts) + rank, 0)), (batch * len(parts) + rank, len(met)))
+        whole.images = Counter({name: whole.images[name] for name in sorted(met, key=met.get)})
+        return whole
 
     def result(self, passes: Passes, memory: Memory) -> Result:
         """Sum up, refusing where nothing was met."""

@@ -9,6 +9,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from .cards import read_card
 from .checkpoint import read_header
 from .pipeline import decisions
 from .spec import Recipe
@@ -89,8 +90,28 @@ def inspect(path: str | Path) -> Inspection:
         facts["classes"] = f"{len(header['classes'])}: {', '.join(header['classes'][:5])}" + (
             ", ..." if len(header["classes"]) > 5 else ""
         )
+    card = read_card(path)
+    if card:
+        facts |= _from_card(card)
+    measured = [_measured(entry) for entry in card["evaluations"]] if card else []
     left = [f"left in float: {name}: {reason}" for name, reason in report.get("left_out", {}).items()]
-    return Inspection(path, facts, layers, (*decisions(report), *left), header)
+    return Inspection(path, facts, layers, (*decisions(report), *left, *measured), header)
+
+
+def _from_card(card: dict) -> dict[str, str]:
+    """Give what the card beside a checkpoint says of how it was made."""
+    facts = {"made": f"in {card['seconds']:,.1f} s, seed {card['seed']}, by ttaq {card['machine']['ttaq']}"}
+    if card["agreement_with_float"] is not None:
+        facts["agreement"] = (
+            f"predicts as the float model on {card['agreement_with_float']:.1f} % of calibration images"
+        )
+    return facts
+
+
+def _measured(entry: dict) -> str:
+    """Say what one evaluation in a card found."""
+    stream = entry["stream"] if entry["stream"] == "clean" else f"{entry['stream']}, severity {entry['severity']}"
+    return f"measured: {entry['mean_error']:.1f} % error with {entry['adapter']} on {entry['data']} ({stream})"
 
 
 def tabulate_layers(found: Inspection, columns: int = 100) -> Table:

@@ -40,6 +40,12 @@ class CalibrationError:
         self._hits.index_add_(0, place, hits)
         self._confidence.index_add_(0, place, confidence)
 
+    def join(self, other: "CalibrationError") -> None:
+        """Take in what another one gathered."""
+        self._count += other._count
+        self._hits += other._hits
+        self._confidence += other._confidence
+
     def percent(self) -> float | None:
         """Return the error in percent, None where no image had a confidence."""
         total = self._count.sum()

@@ -41,7 +41,7 @@ from .perturbation import PEM
 from .quantizers import Quantizer, disabled
 from .resuming import Savepoint, identity
 from .sharding import Shard
-from .stores import bytes_of
+from .stores import bytes_of, give_back
 from .surgery import device_of, evaluating
 
 
@@ -119,15 +119,10 @@ def reconstruct(
         restored_on_failure(model),
         seeded(schedule.seed, device),
     ):
-        blocks = find_blocks(model, inputs[0], forward)
+        blocks = find_blocks(model, take(inputs[0], slice(0, 2)), forward)
         objectives = Objectives(model, inputs, forward, pem, pcr, shard)
-        loop = _Loop(
-            model,
-            blocks,
-            BlockCache(model, inputs, forward, None if cache is None else bytes_of(cache), shard),
-            objectives,
-            schedule,
-        )
+        kept = BlockCache(model, inputs, forward, None if cache is None else bytes_of(cache), shard)
+        loop = _Loop(model, blocks, kept, objectives, schedule)
         loop.given, loop.shard = given, shard
         loop.graph = graph if device.type == "cuda" and objectives.steady and not team else False
         some = take(inputs[0], slice(-(-schedule.batch_size // (team.size if team else 1))))
@@ -243,8 +238,10 @@ class _Loop:
 
     def _learn(self, block, show):
         start = time.perf_counter()
+        give_back()
         quantised, floats, targets = self.cache.advance(block)
         before = self.cache.loss(block)
+        give_back()
         schedule, plan = self.schedule, None
         if self.given:
             schedule = replace(schedule, steps=max(1, self.given[block.name]))
@@ -258,6 +255,7 @@ class _Loop:
             steps += 1
             show(steps / learner.total)
         learning = time.perf_counter() - learner.begun
+        give_back()
         learner.harden(quantised)
         if self.shard:
             self.shard.team.agree("reconstruct", f"block {block.name}", learned_in(block.resolve(self.model)))

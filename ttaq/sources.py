@@ -106,7 +106,7 @@ def open_data(path: str | Path, preprocessing: dict, classes: list[str] | None =
     Args:
         path: Class folders, an .npz file, CIFAR-C or ImageNet-C.
         preprocessing: As `preprocessing_of` gives it.
-        classes: Class folders in the order of the logits.
+        classes: Class folders in the order of the logits; of an .npz file that has only numbers, their names.
 
     Returns:
         Clean `Images`, or what has domains.
@@ -117,7 +117,11 @@ def open_data(path: str | Path, preprocessing: dict, classes: list[str] | None =
     path = Path(path)
     moments = {"mean": preprocessing["mean"], "std": preprocessing["std"]}
     if path.is_file() and path.suffix == ".npz":
-        return _sized(load_npz(path, **moments), preprocessing["size"], path)
+        found = load_npz(path, **moments)
+        count = len(found.classes)
+        if count <= len(classes or ()) and found.classes == tuple(map(str, range(count))):  # the file names none
+            found = Images(found.images, found.labels, classes, **moments)
+        return _sized(found, preprocessing["size"], path)
     if not path.is_dir():
         raise ValueError(f"data: there is no folder or .npz file {path}; wanted {_LAYOUTS}")
     if any((path / f"{name}.npy").is_file() for name in CORRUPTIONS):

@@ -1,5 +1,6 @@
 """Tensors of all images under a byte budget: on the device while they fit, then in host memory or a mapped file."""
 
+import ctypes
 import os
 import re
 import tempfile
@@ -8,11 +9,12 @@ import weakref
 import torch
 from torch import Tensor
 
-__all__ = ["Room", "bytes_of", "rows"]
+__all__ = ["Room", "bytes_of", "give_back", "rows"]
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 _UNLIMITED = 1 << 62
+_LIBC = ctypes.CDLL(None)
 
 
 def bytes_of(size: str | int) -> int:
@@ -27,6 +29,12 @@ def bytes_of(size: str | int) -> int:
     if not found or found[2] not in _UNITS:
         raise ValueError(f'cache: wanted bytes, as a number or as in "2GiB" or "500MB", got {size!r}')
     return int(float(found[1]) * _UNITS[found[2]])
+
+
+def give_back() -> None:
+    """Return freed host memory to the system, which glibc keeps: holes that one phase left do not fit the next."""
+    if hasattr(_LIBC, "malloc_trim"):
+        _LIBC.malloc_trim(0)
 
 
 class Room:

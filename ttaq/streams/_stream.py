@@ -59,17 +59,29 @@ class Stream:
         return sum(-(-len(index) // self.batch_size) for _, index in self.order)
 
     def __iter__(self):
+        return self.part(0, 1)
+
+    def part(self, rank, size):
+        """Give every size-th batch from number `rank` on; the others are not read."""
+        for number, (visit, first, domain, index) in enumerate(self._cuts()):
+            if number % size != rank:
+                continue
+            if np.ndim(domain):
+                name, names, *rest = MIXED, *self._gather(domain, index)
+            else:
+                name, names, *rest = self.domains[domain][0], (), *_read(self.domains[domain][1], index)
+            pixels, labels, origin = rest
+            yield Batch(pixels, labels, name, origin, first, names, visit)
+
+    def _cuts(self):
+        """Cut the segments: give (visit, whether a domain begins, number or numbers of domains, indices)."""
         before = None
         for place, (number, index) in enumerate(self.order):
             visit = place * self.visits // len(self.order)
+            name = MIXED if np.ndim(number) else self.domains[number][0]
             for start in range(0, len(index), self.batch_size):
                 part = slice(start, start + self.batch_size)
-                if np.ndim(number):
-                    name, names, *rest = MIXED, *self._gather(number[part], index[part])
-                else:
-                    name, names, *rest = self.domains[number][0], (), *_read(self.domains[number][1], index[part])
-                pixels, labels, origin = rest
-                yield Batch(pixels, labels, name, origin, name != before, names, visit)
+                yield visit, name != before, number[part] if np.ndim(number) else number, index[part]
                 before = name
 
     def _gather(self, numbers, index):

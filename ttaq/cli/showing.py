@@ -1,0 +1,92 @@
+"""Commands that show and hand on what there is: inspect, compare, export, report, doctor."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from .. import inspection
+from ..deployment import line
+from ..doctor import print_report
+from ..export import export_onnx, export_torch
+from ..files import write_atomically
+from ..report import Results, render
+from ..workbench import open_checkpoint
+from ._root import File, Model, Out, Settings, Side, app, print_results
+
+
+@app.command()
+def inspect(
+    file: File,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+) -> None:
+    """Say what a packed checkpoint is: bits, sizes, SQNR of each layer, recipe, what was decided and left out."""
+    found = inspection.inspect(file)
+    if json:
+        typer.echo(line(found.to_json()))
+        return
+    console = Console(highlight=False, markup=False)
+    for name, text in found.facts.items():
+        console.print(f"{name}: {text}", soft_wrap=True)
+    console.print(inspection.tabulate_layers(found, console.width))
+    for note in found.notes:
+        console.print(f"• {note}", soft_wrap=True)
+
+
+@app.command()
+def compare(
+    one: Annotated[Path, typer.Argument(help="A checkpoint.")],
+    other: Annotated[Path, typer.Argument(help="Another.")],
+) -> None:
+    """Set two checkpoints side by side: bits and SQNR of the layers that differ, sizes, recipes."""
+    table, said = inspection.compare(inspection.inspect(one), inspection.inspect(other))
+    console = Console(highlight=False, markup=False)
+    for sentence in said:
+        console.print(sentence, soft_wrap=True)
+    if table.row_count:
+        console.print(table)
+
+
+@app.command()
+def export(
+    file: File,
+    out: Out = Path("model.onnx"),
+    target: Annotated[str, typer.Option(help="onnx, tensorrt or torch (.pt2, with ttaq's own ops).")] = "onnx",
+    fold: Annotated[bool, typer.Option(help="Fold BatchNorm into scales and biases (not for torch).")] = True,
+    size: Side = None,
+    model: Model = None,
+    config: Settings = None,
+) -> None:
+    """Write a packed checkpoint as a file for other runtimes."""
+    packed, _, _, chosen = open_checkpoint(file, model)
+    side = size or chosen["size"]
+    if side is None:
+        raise ValueError(f"export: {file} does not say how large its images are; pass --size")
+    images = torch.zeros(2, 3, side, side)
+    if target == "torch":
+        export_torch(packed, images, out)
+    else:
+        said = export_onnx(packed, images, out, fold=fold, target=target)
+        for name, reason in said["kept"].items():
+            typer.echo(f"not folded: {name}: {reason}", err=True)
+    typer.echo(f"wrote {out}, {out.stat().st_size:,} bytes; {file} has {file.stat().st_size:,}")
+
+
+@app.command()
+def report(
+    files: Annotated[list[Path], typer.Argument(help="results.json of a demo, or --json files of evaluate.")],
+    out: Out = Path("index.html"),
+) -> None:
+    """Render results, of one file or several, into one self-contained page."""
+    results = Results.read(*files)
+    write_atomically(out, render(results))
+    print_results(results)
+    Console(soft_wrap=True, highlight=False).print(f"wrote {out}")
+
+
+@app.command()
+def doctor() -> None:
+    """Say for every op which implementation runs on this machine, and why the others do not."""
+    print_report(Console(highlight=False))
