@@ -2,10 +2,13 @@
 
 import re
 from pathlib import Path
+from types import NoneType
+from typing import get_args, get_origin, get_type_hints
 
 import typer
 
 ROOT = Path(__file__).parents[1]
+KINDS = {Path: "path", list: "paths", str: "text", int: "whole number", float: "number", bool: "flag"}
 
 
 def on_page_markdown(markdown: str, **_) -> str:
@@ -31,40 +34,51 @@ def describe_commands() -> str:
 
 def _describe(title: str, command) -> str:
     """Write one command as Markdown: usage, help, and a table of its parameters."""
-    parameters = [p for p in command.params if p.name != "help" and not getattr(p, "hidden", False)]
-    arguments = " ".join(_usage(p) for p in parameters if p.param_type_name == "argument")
-    follows = "COMMAND ..." if hasattr(command, "commands") else arguments
-    usage = f"```text\n{title} [OPTIONS] {follows}".rstrip() + "\n```"
-    rows = [f"| {_name(p)} | {_cell(_takes(p))} | {_cell(getattr(p, 'help', '') or '')} |" for p in parameters]
+    hints = get_type_hints(command.callback, include_extras=True)
+    parameters = [p for p in command.params if p.name in hints]
+    arguments = " ".join(_name(p, hints).strip("`") for p in parameters if p.param_type_name == "argument")
+    usage = f"{title} [OPTIONS] {'COMMAND ...' if hasattr(command, 'commands') else arguments}".rstrip()
+    rows = [f"| {_name(p, hints)} | {_takes(p, hints)} | {_cell(_help(p, hints))} |" for p in parameters]
     table = "\n".join(["| | takes | |", "|---|---|---|", *rows]) if rows else "It takes no options."
-    return f"## {title}\n\n{usage}\n\n{_text(command.help or '')}\n\n{table}"
+    said = "\n".join(line.strip() for line in (command.help or "").splitlines()).strip()
+    return f"## {title}\n\n```text\n{usage}\n```\n\n{said}\n\n{table}"
 
 
-def _usage(parameter) -> str:
-    many = "..." if parameter.nargs == -1 else ""
-    return f"{parameter.name.upper()}{many}"
-
-
-def _name(parameter) -> str:
+def _name(parameter, hints: dict) -> str:
+    """Give an argument's name in capitals, or all that an option is called."""
     if parameter.param_type_name == "argument":
-        return f"`{_usage(parameter)}`"
+        return f"`{parameter.name.upper()}{'...' if _kind(hints[parameter.name]) is list else ''}`"
     return ", ".join(f"`{option}`" for option in (*parameter.opts, *parameter.secondary_opts))
 
 
-def _takes(parameter) -> str:
+def _kind(hint) -> type:
+    """Return the plain type below Annotated, Optional and the like."""
+    plain = get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
+    return next((part for part in get_args(plain) if part is not NoneType and get_origin(plain) is not list), None) or (
+        get_origin(plain) or plain
+    )
+
+
+def _about(hint):
+    """Return what typer was told of a parameter."""
+    return next(iter(getattr(hint, "__metadata__", ())), None)
+
+
+def _help(parameter, hints: dict) -> str:
+    return getattr(_about(hints[parameter.name]), "help", None) or ""
+
+
+def _takes(parameter, hints: dict) -> str:
     """Say what a parameter takes: its kind, bounds, and its default or that it must be given."""
-    low, high = getattr(parameter.type, "min", None), getattr(parameter.type, "max", None)
+    hint, default = hints[parameter.name], parameter.default
+    low, high = (getattr(_about(hint), name, None) for name in ("min", "max"))
     bounds = f" {low} to {high}" if high is not None else f" from {low}" if low is not None else ""
-    kind = "" if getattr(parameter, "is_flag", False) else parameter.type.name.partition(" ")[0] + bounds
-    default = getattr(parameter, "default", None)
+    kind = KINDS[_kind(hint)] + bounds
     if parameter.required:
-        return f"{kind}, must be given"
-    shown = "" if default in (None, False, True) else f"{', ' if kind else ''}default `{default}`"
-    return (kind + shown) or ("on unless told otherwise" if default is True else "flag")
-
-
-def _text(text: str) -> str:
-    return "\n".join(line.strip() for line in text.splitlines()).strip()
+        return f"{kind}; must be given"
+    if default is None or default is False:
+        return kind
+    return f"{kind}; default `{'on' if default is True else default}`"
 
 
 def _cell(text: str) -> str:
