@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ import typer
 
 import ttaq
 from ttaq import cli
+from ttaq.adaptation import METHODS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -106,9 +108,10 @@ def run_page(path: Path, folder: Path, monkeypatch) -> int:
             for line in block.text.replace("\\\n", " ").splitlines():
                 for command in re.sub(r"\s+# .*", "", smaller(line)).split(" && "):
                     _run_command(command.strip(), f"{path.name}:{block.line}: {command}", monkeypatch)
-        else:
-            continue
-        count += 1
+        elif block.language == "json":
+            for line in block.text.splitlines():
+                json.loads(line)
+        count += block.language != "text"
     return count
 
 
@@ -181,9 +184,11 @@ def sentences() -> list[re.Pattern]:
 
 @contextlib.contextmanager
 def forgotten(folder: Path):
-    """Forget the modules that a page wrote into its folder, when it is done."""
-    before = set(sys.modules)
+    """Forget the modules that a page wrote into its folder, and the methods it named, when it is done."""
+    before, methods = set(sys.modules), dict(METHODS)
     yield
+    METHODS.clear()
+    METHODS.update(methods)
     for name in set(sys.modules) - before:
         if str(getattr(sys.modules[name], "__file__", "") or "").startswith(str(folder) + os.sep):
             del sys.modules[name]

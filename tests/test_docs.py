@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import typer
-from doc_blocks import NOT_RUN, PAGES, ROOT, SMALLER, blocks, forgotten, run_page, sentences
+from doc_blocks import NOT_RUN, PAGES, ROOT, SMALLER, blocks, forgotten, run_page, run_ttaq, sentences
 from safetensors.torch import save_file
 from test_datasets import noise, write_cifar_c, write_images
 
@@ -146,6 +146,13 @@ def test_sentences_of_failures_are_those_of_the_sources():
                 assert any(pattern.search(line) for pattern in known), f"{path.name}: nothing says: {line}"
                 looked += 1
     assert looked > 40
+
+
+def test_bad_input_ends_as_the_page_of_commands_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, said = run_ttaq(["inspect", "missing.safetensors"], b"", monkeypatch)
+    assert (code, out) == (2, "")
+    assert f"$ ttaq inspect missing.safetensors\n{said}$ echo $?\n2\n" in (DOCS / "cli.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
