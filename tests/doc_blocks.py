@@ -121,7 +121,7 @@ def _run_command(command: str, where: str, monkeypatch) -> None:
     if any(re.search(pattern, command) for pattern, _ in NOT_RUN):
         check_options(command, where)
         return
-    *before, last = re.split(r" \| ", command)
+    *before, last = re.split(r" \|\s+", command)
     given = subprocess.run(" | ".join(before), shell=True, check=True, capture_output=True).stdout if before else b""
     last, _, target = re.match(r"(.*?)\s*(>>?\s*(\S+))?$", last).groups()
     forced, words = None, shlex.split(last)
