@@ -2,13 +2,13 @@
 
 import re
 from pathlib import Path
-from types import NoneType
-from typing import get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Union, get_args, get_origin, get_type_hints
 
 import typer
 
 ROOT = Path(__file__).parents[1]
-KINDS = {Path: "path", list: "paths", str: "text", int: "whole number", float: "number", bool: "flag"}
+KINDS = {Path: "path", list: "one or several", str: "text", int: "whole number", float: "number", bool: "flag"}
 
 
 def on_page_markdown(markdown: str, **_) -> str:
@@ -54,9 +54,9 @@ def _name(parameter, hints: dict) -> str:
 def _kind(hint) -> type:
     """Return the plain type below Annotated, Optional and the like."""
     plain = get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
-    return next((part for part in get_args(plain) if part is not NoneType and get_origin(plain) is not list), None) or (
-        get_origin(plain) or plain
-    )
+    if get_origin(plain) in (Union, UnionType):
+        plain = next(part for part in get_args(plain) if part is not NoneType)
+    return get_origin(plain) or plain
 
 
 def _about(hint):

@@ -21,7 +21,7 @@ from ttaq.adaptation import METHODS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-LANGUAGES = ("python", "bash", "json", "text")
+LANGUAGES = ("python", "bash", "json", "yaml", "text")
 SHELL = ("pip ", "ttaq ", "find ", "tar ", "torchrun ", "TTAQ_")
 
 # (pattern, what takes its place, why): the examples name the networks and the times of real work.
@@ -32,6 +32,8 @@ SMALLER = [
     (r'"torchvision:resnet18"', '"ttaq.models:ResNet"', "as above"),
     (r"from torchvision.models import (resnet\d+)", r"from ttaq.models import ResNet as \1", "as above"),
     (r'weights="DEFAULT"', "", "the weights would be downloaded"),
+    (r"model: torchvision:resnet\d+", "model: ttaq.models:ResNet\nclasses: ten.txt\nsize: 32", "as above"),
+    (r"budget: 5min", "steps: 2", "five minutes"),
     (r"find /camera", "find camera", "no folder of the tests lies at the root"),
     (r"size=224", "size=32", "as above"),
     (r'table="imagenet", images=200', "images=8", "15 corruptions of 200 images"),
@@ -98,8 +100,8 @@ def run_page(path: Path, folder: Path, monkeypatch) -> int:
     names, count = {"__name__": "page"}, 0
     for block in blocks(path):
         assert block.language in LANGUAGES, f"{path.name}:{block.line}: name the language, one of {LANGUAGES}"
-        if block.language == "python" and (title := re.search(r'title="(.+)"', block.title)):
-            Path(title[1]).write_text(block.text, encoding="utf-8")
+        if block.language in ("python", "yaml") and (title := re.search(r'title="(.+)"', block.title)):
+            Path(title[1]).write_text(smaller(block.text) if block.language == "yaml" else block.text, encoding="utf-8")
         elif block.language == "python":
             padding = "\n" * block.line  # so that a traceback names the line of the page
             with contextlib.redirect_stdout(io.StringIO()):

@@ -174,6 +174,7 @@ def world(tmp_path_factory):
         (root / name).write_text("\n".join(names), encoding="utf-8")
     torch.manual_seed(0)
     save_file(timm.create_model("test_vit").state_dict(), root / "vit.safetensors")
+    torch.save(ResNet().state_dict(), root / "resnet18.pth")
     packed = ttaq.pack(ttaq.quantize(ResNet(), [torch.randn(16, 3, 32, 32)], "w4a4", method="rtn"))
     half = [0.5] * 3
     chosen = {"size": 32, "crop": 1.0, "interpolation": "bilinear", "mean": half, "std": half}
