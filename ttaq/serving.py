@@ -1,9 +1,13 @@
-"""Let a packed checkpoint adapt to images as they come: what the command `ttaq adapt` does."""
+"""Let a packed checkpoint adapt to images as they come, and take what it became: `ttaq adapt`, `export --state`."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from .adaptation import adapt
+import torch
+from torch import nn
+
+from .adaptation import METHODS, adapt
+from .adaptation.state import check_state, read_state
 from .deployment import MOST_PIXELS, Reader, Stop, preprocessor, serve
 from .workbench import anchor_of, open_checkpoint
 
@@ -73,3 +77,35 @@ def adapt_stream(
         stop=stop,
     )  # fmt: skip
     return counts | {"resumed": resumed}
+
+
+def adapted_model(
+    model: nn.Module, state: str | Path, *, anchor: str | Path | None = None, preprocessing: dict, device: str = "cpu"
+) -> nn.Module:
+    """Return a packed model as it is after a stream, to be exported or saved.
+
+    Args:
+        model: As the checkpoint holds it; it takes up what adapted.
+        state: File of an adapter's state, which names its method.
+        anchor: Clean images, for a method that needs an anchor to be made.
+        preprocessing: As `sources.preprocessing_of` gives it.
+        device: Where the model is.
+
+    Returns:
+        A plain model that predicts as the adapter did last.
+
+    Raises:
+        ValueError: The file is no state, or one of another model.
+    """
+    found = read_state(state, torch.device(device))
+    method = found.get("method") if isinstance(found, dict) else None
+    if method not in METHODS:
+        raise ValueError(f"export: {state} is no state of a method that is known here; give what `ttaq adapt` wrote")
+    held = anchor_of(method, model, anchor, preprocessing, 0, device)
+    adapter = adapt(model, method, history=1, inplace=True, **held)
+    live = adapter.method.tensors()
+    check_state(found, method, live, found["parts"])
+    with torch.no_grad():
+        for name, tensor in found["tensors"].items():
+            live[name].copy_(tensor)
+    return adapter.export()

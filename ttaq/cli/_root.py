@@ -13,6 +13,7 @@ from ..adaptation import METHODS
 from ..pipeline import METHODS as LEARNING
 from ..report import Results, find, tabulate
 from ..streams import CORRUPTIONS, STREAMS
+from ..workbench import ANCHORED
 from ._settings import configure
 
 EXIT_CODES = (
@@ -110,6 +111,12 @@ Adapters = Annotated[
     str,
     typer.Option(
         help=f"One, or several with commas between: {', '.join(METHODS)}.", autocompletion=_complete(*METHODS)
+    ),
+]
+Anchor = Annotated[
+    Path | None,
+    typer.Option(
+        help=f"Clean images, class folders or an .npz file, a few hundred of which {ANCHORED} take for the source."
     ),
 ]
 Order = Annotated[

@@ -15,10 +15,10 @@ from ..deployment import MOST_PIXELS, Stop, line, receive, walk
 from ..distributed import join
 from ..measurement import evaluate_file
 from ..serving import adapt_stream
-from ..workbench import ANCHORED
 from ._root import (
     Adapter,
     Adapters,
+    Anchor,
     Classes,
     Data,
     Device,
@@ -47,12 +47,7 @@ def evaluate(
     images: Annotated[int | None, typer.Option(min=1, help="A domain; default: 1,000 or all there are.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images that adapt at once.")] = 64,
     lr: Annotated[float | None, typer.Option(help="Of what learns with one; default: its own.")] = None,
-    anchor: Annotated[
-        Path | None,
-        typer.Option(
-            help=f"Clean images, class folders or an .npz file, a few hundred of which {ANCHORED} take for the source."
-        ),
-    ] = None,
+    anchor: Anchor = None,
     model: Model = None,
     classes: Classes = None,
     seed: Seed = 0,
@@ -122,9 +117,7 @@ def adapt(
     save_every: Annotated[int, typer.Option(min=1, help="Batches from one state to the next.")] = 50,
     telemetry: Annotated[int, typer.Option(min=0, help="Batches from one measurement of drift to the next.")] = 10,
     bank: Annotated[int, typer.Option(min=0, help="Domains to remember.")] = 0,
-    anchor: Annotated[
-        Path | None, typer.Option(help="Clean images for a method that takes an anchor: class folders or an .npz file.")
-    ] = None,
+    anchor: Anchor = None,
     lr: Annotated[float | None, typer.Option(help="Of what descends a gradient; default: its own.")] = None,
     size: Side = None,
     most_pixels: Annotated[int, typer.Option(min=1, help="Of one image; larger ones are refused.")] = MOST_PIXELS,

@@ -13,8 +13,9 @@ from ..doctor import print_report
 from ..export import export_onnx, export_torch
 from ..files import write_atomically
 from ..report import Results, render
+from ..serving import adapted_model
 from ..workbench import open_checkpoint
-from ._root import File, Model, Out, Settings, Side, app, print_results
+from ._root import Anchor, File, Model, Out, Settings, Side, app, print_results
 
 
 @app.command()
@@ -55,15 +56,21 @@ def export(
     out: Out = Path("model.onnx"),
     target: Annotated[str, typer.Option(help="onnx, tensorrt or torch (.pt2, with ttaq's own ops).")] = "onnx",
     fold: Annotated[bool, typer.Option(help="Fold BatchNorm into scales and biases (not for torch).")] = True,
+    state: Annotated[
+        Path | None, typer.Option(help="What `ttaq adapt` saved: the model is exported as it became.")
+    ] = None,
+    anchor: Anchor = None,
     size: Side = None,
     model: Model = None,
     config: Settings = None,
 ) -> None:
-    """Write a packed checkpoint as a file for other runtimes."""
+    """Write a packed checkpoint, as it is or adapted, as a file for other runtimes."""
     packed, _, _, chosen = open_checkpoint(file, model)
     side = size or chosen["size"]
     if side is None:
         raise ValueError(f"export: {file} does not say how large its images are; pass --size")
+    if state is not None:
+        packed = adapted_model(packed, state, anchor=anchor, preprocessing=chosen | {"size": side})
     images = torch.zeros(2, 3, side, side)
     if target == "torch":
         export_torch(packed, images, out)
