@@ -179,6 +179,7 @@ def world(tmp_path_factory):
     half = [0.5] * 3
     chosen = {"size": 32, "crop": 1.0, "interpolation": "bilinear", "mean": half, "std": half}
     ttaq.save(packed, root / "model.safetensors", reference="ttaq.models:ResNet", preprocessing=chosen)
+    ttaq.adapt(packed, "tent").save(root / "camera.state")
     return root
 
 
