@@ -87,14 +87,15 @@ def plan(job: Job, out: str | Path, recipe: str | Recipe, *, method: str, steps=
     return Plan(facts, blocks, prepared.ttaq_report["left_out"])
 
 
-def tabulate_plan(found: Plan) -> Table:
-    """Make a rich table of the blocks."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+def tabulate_plan(found: Plan, columns: int = 100) -> Table:
+    """Make a rich table of the blocks; a narrow terminal gets fewer columns."""
+    table, wide = Table(box=box.SIMPLE_HEAD, show_edge=False), columns >= 72
     table.add_column("block", overflow="fold")
-    for name in ("layers", "widths", "weights", "input, MiB"):
+    for name in (*(("layers",) if wide else ()), "widths", "weights", *(("input, MiB",) if wide else ())):
         table.add_column(name, justify="right", no_wrap=name != "widths")
     for name, layers, widths, weights, held in found.blocks:
-        table.add_row(name, str(layers), widths, f"{weights:,}", f"{held / _MIB:.1f}")
+        more = ([str(layers)], [f"{held / _MIB:.1f}"]) if wide else ([], [])
+        table.add_row(name, *more[0], widths, f"{weights:,}", *more[1])
     return table
 
 

@@ -158,7 +158,7 @@ def _print_plan(found) -> None:
     console = Console(highlight=False, markup=False)
     for name, text in found.facts.items():
         console.print(f"{name}: {text}", soft_wrap=True)
-    console.print(tabulate_plan(found))
+    console.print(tabulate_plan(found, console.width))
     for name, reason in found.left_out.items():
         console.print(f"left in float: {name}: {reason}", soft_wrap=True)
     console.print("nothing was learned or written: leave out --dry-run to go", soft_wrap=True)

@@ -19,9 +19,10 @@ def tabulate(results: Results, columns: int = 100) -> Table:
     """
     adapters, lines = results.adapters(), results.lines()
     floats = {line.model: line.bytes for line in lines if line.form == "float"}
-    caption = "errors in percent, mean over the stream"
-    table = Table(title=results.title, title_style="bold", caption=caption, box=box.SIMPLE_HEAD, show_edge=False)
     narrow = columns < 72
+    if narrow and len(adapters) > 2:
+        return _tall(results, lines)
+    table = _table(results)
     for name in ("model", "bits", *(("made by",) if narrow else ("method", "form"))):
         table.add_column(name, no_wrap=True)
     for name in (*(() if narrow else ("clean",)), *adapters, *_SIZES[: 3 if columns >= 96 else 0 if narrow else 1]):
@@ -32,6 +33,23 @@ def tabulate(results: Results, columns: int = 100) -> Table:
         cells = [line.model, words.width(line.bits), *how, *clean, *_errors(line, adapters), *_size(line, floats)]
         last = number + 1 == len(lines) or lines[number + 1].model != line.model
         table.add_row(*cells[: len(table.columns)], end_section=last)
+    return table
+
+
+def _table(results):
+    caption = "errors in percent, mean over the stream"
+    return Table(title=results.title, title_style="bold", caption=caption, box=box.SIMPLE_HEAD, show_edge=False)
+
+
+def _tall(results, lines: list[Line]) -> Table:
+    """Put the adapters of a line below one another."""
+    table = _table(results)
+    table.add_column("model", overflow="fold")
+    table.add_column("adapter", no_wrap=True)
+    table.add_column("error", justify="right", no_wrap=True)
+    for line in lines:
+        what = f"{line.model}\n{words.width(line.bits)} {words.maker(line)}"
+        table.add_row(what, "\n".join(line.rows), "\n".join(_errors(line, line.rows)), end_section=True)
     return table
 
 
