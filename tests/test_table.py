@@ -29,4 +29,4 @@ def test_they_are_columns_where_there_is_room():
     lines = printed(["source", "norm", "tent"], 100)
     assert any({"source", "norm", "tent"} <= set(line) for line in lines)
     assert any({"20.0", "21.0", "22.0"} <= set(line) for line in lines)
-    assert any({"source", "norm"} <= set(line) for line in printed(["source", "norm"], 44))
+    assert any({"source", "norm"} <= set(line) for line in printed(["source", "norm"], 56))
