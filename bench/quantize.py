@@ -88,7 +88,7 @@ def measure(options: Namespace) -> dict:
     return {
         "options": {name: getattr(options, name) for name in _PASSED},
         "seconds": round(seconds, 3),
-        "blocks": [{k: v for k, v in row.items() if k != "layers"} for row in report["blocks"]],
+        "blocks": [{k: v for k, v in row.items() if k not in ("layers", "curve")} for row in report["blocks"]],
         "refinement": report.get("refinement", {}).get("seconds"),
         "float_bytes": sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())),
         "image_bytes": sum(x.numel() * x.element_size() for x in images),

@@ -22,7 +22,7 @@ from .pacing import time_calls
 from .quantizers import clamp_scales
 from .schedules import ROUNDINGS, Schedule
 from .sharding import Shard, Share
-from .stepping import Captured, cosine, draws, mix, set_rates, steady, undone
+from .stepping import Captured, Curve, cosine, draws, mix, set_rates, steady, undone
 from .stores import rows
 from .surgery import device_of
 
@@ -55,6 +55,7 @@ class BlockLearner:
         self.step, self.total = 0, schedule.steps
         self.factor: Tensor | float | None = None  # of the regulariser; a tensor where a graph reads it
         self.graphed, self.begun = False, time.perf_counter()
+        self.error, self.curve = torch.zeros((), device=self.device), Curve(self.device)  # of the latest step, of all
         self.layers = layers_of(model, block)
         self.activations = activation_quantizers(block.resolve(model))
         self.norms = [n for m in block.resolve(model) for n in batch_norms(m)] if schedule.statistics == "batch" else []
@@ -129,7 +130,9 @@ class BlockLearner:
             for step, picks in enumerate(draws(count, size, self.total, self.device)):
                 self._turn_to(step)
                 set_rates(optimizer, [rate(step, self.total) for rate in rates])
-                yield run(*given(*picks))
+                loss = run(*given(*picks))
+                self.curve.add(step, self.total, self.error)
+                yield loss
 
     def _own(self, picked, on_host, store):
         """Return the numbers of the images of a step, twice; those of this process where several work."""
@@ -213,6 +216,7 @@ class BlockLearner:
             with self._autocast():
                 output = run_block(self.model, self.block, x)
             loss = squared_distance(output, target)
+            self.error.copy_(loss.detach() if self.share is None else self.share.weight * loss.detach())
             if extra is not None:
                 loss = loss + extra(self.step, x, output, picked, self.roundings)
         if self.factor is not None:

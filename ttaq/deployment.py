@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -139,8 +140,8 @@ def serve(
         adapter: Made by `ttaq.adapt`.
         images: Names, with paths or bytes.
         reader: Decodes them.
-        emit: Called once an image, with {"image", "class", "label", "confidence"} or {"image", "error"}, and once an
-            event, with {"event", "batch"}.
+        emit: Called once an image, with {"image", "class", "label", "confidence"} or {"image", "error"}; once an
+            event, with {"event", "batch"}; and once a measurement, with {"drift", "entropy", "batch"}, as in `Step`.
         preprocess: Makes (n, 3, H, W) of uint8 (n, H, W, 3).
         classes: Names of the labels.
         batch_size: Images that adapt at once.
@@ -166,6 +167,8 @@ def serve(
         step = adapter.history[-1]
         for event in (*step.events, *([f"skipped: {step.reason}"] if step.reason else [])):
             emit({"event": event, "batch": counts["batches"]})
+        if step.drift:
+            emit({"drift": _rounded(step.drift), "entropy": _rounded(step.entropy), "batch": counts["batches"]})
         counts["predicted"] += len(waiting)
         counts["batches"] += 1
         waiting.clear()
@@ -191,6 +194,13 @@ def serve(
 def line(found: dict[str, Any]) -> str:
     """Write an object as one line of JSON; names that are no text keep their bytes as escapes."""
     return json.dumps(found, ensure_ascii=True)
+
+
+def _rounded(found):
+    """Round every number in nested dicts to four decimals; None stands for what is not finite."""
+    if isinstance(found, dict):
+        return {name: _rounded(value) for name, value in found.items()}
+    return round(found, 4) if found is not None and math.isfinite(found) else None
 
 
 def preprocessor(mean: Iterable[float], std: Iterable[float]) -> Callable[[np.ndarray], torch.Tensor]:

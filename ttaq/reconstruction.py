@@ -87,8 +87,8 @@ def reconstruct(
         options: Fields of Schedule. `steps` may also be steps by block, or the report of a run to repeat.
 
     Returns:
-        `model.ttaq_report`, with "blocks" (loss before and after, steps, seconds), "sqnr" (dB of each layer), and under
-        "pem" how the strength was chosen.
+        `model.ttaq_report`, with "blocks" (error before, after, and as "curve" in between, steps, seconds), "sqnr" (dB
+        of each layer), and under "pem" how the strength was chosen.
 
     Raises:
         ValueError: The model is not calibrated, or the images or the file to resume from do not serve; the model is
@@ -264,7 +264,9 @@ class _Loop:
         if self.pace:
             self.pace.end(block.name, seconds, learning)
         row = {"name": block.name, "layers": list(block.layers), "before": before, "after": after}
-        return row | {"steps": steps, "seconds": seconds} | ({"graph": True} if learner.graphed else {})
+        curve = learner.curve.read(self.shard and self.shard.team)
+        row |= {"steps": steps, "seconds": seconds} | ({"curve": curve} if curve else {})
+        return row | ({"graph": True} if learner.graphed else {})
 
 
 @torch.no_grad()

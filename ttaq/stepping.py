@@ -1,4 +1,4 @@
-"""How a step runs: as it is, or on a GPU captured once for a block in a CUDA graph and replayed."""
+"""How a step runs, as it is or captured once in a CUDA graph and replayed, and the curve that its error leaves."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -7,10 +7,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .distributed import Team
 from .sharding import Share
 
-__all__ = ["Captured", "cosine", "draws", "mix", "set_rates", "steady", "undone"]
+__all__ = ["Captured", "Curve", "cosine", "draws", "mix", "set_rates", "steady", "undone"]
 
+_POINTS = 32  # of a curve: enough to see it by, few enough for the header of a checkpoint
 _WARMUP = 3  # runs before the capture, in which libraries choose their kernels and take their workspaces
 
 Run = Callable[..., Tensor]
@@ -70,6 +72,33 @@ def undone(optimizer: torch.optim.Optimizer, device: torch.device) -> Iterator[N
                 for state in optimizer.state.values():
                     for tensor in state.values():
                         tensor.zero_()
+
+
+class Curve:
+    """The error of a block over its steps, as means over equal parts of them; on the device until it is read.
+
+    Args:
+        device: Where the errors are.
+    """
+
+    def __init__(self, device: torch.device):
+        self._sums = torch.zeros(_POINTS, device=device)
+        self._counts = [0] * _POINTS
+
+    def add(self, step: int, total: int, error: Tensor) -> None:
+        """Count the error of a step of so many, a tensor (), without waiting for it."""
+        part = step if total <= _POINTS else step * _POINTS // total
+        self._sums[part] += error
+        self._counts[part] += 1
+
+    def read(self, team: Team | None = None) -> list[float]:
+        """Return the means to four digits, at most 32 of them; none where there were no steps.
+
+        Args:
+            team: The processes, each of which counted its part of every error.
+        """
+        sums = self._sums if team is None else team.add_up(self._sums.clone())
+        return [float(f"{total / count:.4g}") for total, count in zip(sums.tolist(), self._counts, strict=True) if count]
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rates: list[float]) -> None:
