@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .adaptation import adapt
+from .adaptation import adapt, write_history
 from .checkpoint import load, save
 from .doctor import describe_machine
 from .evaluation import Result, evaluate
@@ -23,7 +23,7 @@ from .files import write_atomically
 from .models import ResNet, ViT
 from .packing import pack
 from .pipeline import quantize
-from .report import Results, draw, render
+from .report import Results, draw, read, render
 from .streams import CORRUPTIONS, Corrupted, Images, Stream, continual, load_digits
 from .training import Training, fetch_trained
 
@@ -82,8 +82,8 @@ def run_demo(out: str | Path = "ttaq-demo", settings: Settings | None = None, *,
     """Train, quantise, pack, adapt and report; the same numbers for the same seed.
 
     Args:
-        out: Folder of results.json, figure.png, index.html, the trained networks, the packed checkpoints, and
-            digits.npz, the clean test images for `ttaq evaluate`.
+        out: Folder of results.json, figure.png, index.html, the trained networks, the packed checkpoints,
+            drift.jsonl, what telemetry saw, and digits.npz, the clean test images for `ttaq evaluate`.
         settings: What to measure.
         console: Where the progress bars go; None, or no terminal, for silence.
 
@@ -104,7 +104,7 @@ def run_demo(out: str | Path = "ttaq-demo", settings: Settings | None = None, *,
     write_images(load_digits("test"), demo.out / "digits.npz")
     demo.results.stages["streams"] = round(sum(row["seconds"] for row in demo.results.rows), 3)
     demo.results.stages["whole demo"] = round(time.perf_counter() - demo.start, 3)
-    write_report(demo.results, demo.out)
+    write_report(demo.results, demo.out, demo.checkpoints, demo.drift)
     return demo.results
 
 
@@ -114,11 +114,11 @@ def write_images(images: Images, path: Path) -> None:
     write_atomically(path, lambda draft: np.savez_compressed(draft, **arrays))
 
 
-def write_report(results: Results, out: Path) -> None:
-    """Write results.json, figure.png and index.html into a folder."""
+def write_report(results: Results, out: Path, checkpoints: list[Path], stream: Path) -> None:
+    """Write results.json, figure.png and index.html into a folder; the page shows the checkpoints and a stream, too."""
     results.write(out / "results.json")
     write_atomically(out / "figure.png", draw(results))
-    write_atomically(out / "index.html", render(results))
+    write_atomically(out / "index.html", render(results, *read(*checkpoints, stream)[1:]))
 
 
 class _Demo:
@@ -140,6 +140,8 @@ class _Demo:
         shown["corruptions"] = len(settings.corruptions)
         self.results = Results("ttaq demo: digits that change", shown, describe_machine())
         self.differences: dict[str, float] = {}
+        self.checkpoints: list[Path] = []
+        self.drift = self.out / "drift.jsonl"
         self.bars = make_bars(console)
         rows = len(settings.adapters) * (1 + 3 * len(settings.bits))
         self.whole = self.bars.add_task("demo", total=len(NETWORKS) * (1 + len(settings.bits) + rows))
@@ -182,6 +184,9 @@ class _Demo:
             architecture = NETWORKS[name]()
         packed = load(path, architecture)
         self.compare(f"{name} {bits}", learned, packed)
+        self.checkpoints.append(path)
+        if (name, bits) == (next(iter(NETWORKS)), "w4a4" if "w4a4" in self.settings.bits else self.settings.bits[0]):
+            self.watch(packed)
         self.measure(packed, row | {"method": "ttaq", "form": "packed", "bytes": path.stat().st_size})
 
     def measure(self, model: nn.Module, row: dict) -> None:
@@ -200,6 +205,14 @@ class _Demo:
         total = self.settings.images * len(self.settings.corruptions)
         self.bars.reset(self.now, total=total, description=what)
         return evaluate(model, self.stream, progress=lambda images: self.bars.advance(self.now, images))
+
+    def watch(self, model: nn.Module) -> None:
+        """Adapt once more, watched by telemetry against calibration, and write what it saw; no row counts the time."""
+        method = self.settings.adapters[-1]
+        options = {} if method in ("source", "norm") else {"lr": self.settings.lr}
+        adapter = adapt(model, method, telemetry=1, reference=self.calibration, **options)
+        self.evaluate(adapter, "drift")
+        write_history(adapter.history, self.drift)
 
     def compare(self, what: str, simulated: nn.Module, packed: nn.Module) -> None:
         """Measure how far a packed model, read from its file, is from the fake-quantised one on clean images."""

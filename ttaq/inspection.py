@@ -12,28 +12,8 @@ from rich.table import Table
 from .cards import read_card
 from .checkpoint import read_header
 from .pipeline import decisions
+from .report import LayerRow, rows_of
 from .spec import Recipe
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """One layer of a checkpoint.
-
-    Args:
-        name: Its dotted name.
-        kind: Its class.
-        weight: Bits of its weight; None in float or without one.
-        activation: Bits of its input; None in float.
-        bytes: Of its codes; 0 where there are none.
-        sqnr: dB, of its output over its quantisation error on calibration images; None where nobody measured.
-    """
-
-    name: str
-    kind: str
-    weight: int | None
-    activation: int | None
-    bytes: int
-    sqnr: float | None
 
 
 @dataclass(frozen=True)
@@ -68,14 +48,7 @@ def inspect(path: str | Path) -> Inspection:
     """
     path, header = Path(path), read_header(path)
     report = header["report"]
-    packed, sqnr = report.get("packed", {}), report.get("sqnr", {})
-    layers = tuple(
-        LayerRow(
-            name, found["kind"], found["weight"] and found["weight"]["bits"],
-            found["activation"] and found["activation"]["bits"], packed.get(name, 0), sqnr.get(name),
-        )
-        for name, found in header["layers"].items()
-    )  # fmt: skip
+    layers = rows_of(header)
     size = path.stat().st_size
     facts = {
         "model": header["reference"] or "not named",

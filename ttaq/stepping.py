@@ -98,7 +98,9 @@ class Curve:
             team: The processes, each of which counted its part of every error.
         """
         sums = self._sums if team is None else team.add_up(self._sums.clone())
-        return [float(f"{total / count:.4g}") for total, count in zip(sums.tolist(), self._counts, strict=True) if count]
+        return [
+            float(f"{total / count:.4g}") for total, count in zip(sums.tolist(), self._counts, strict=True) if count
+        ]
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rates: list[float]) -> None:

@@ -1,18 +1,12 @@
-"""The figure: the error along the stream, and the mean error of every width."""
+"""The figure of errors: along the stream, and the mean of every width."""
 
-import io
 import itertools
 import math
 
 from . import words
+from .canvas import COLOURS, DASHES, MARKERS, Look, Picture, as_png, dress, explain, start
 from .findings import headline
 from .results import Line, Results
-
-_THEMES = {
-    "light": {"paper": "#ffffff", "ink": "#1c2330", "faint": "#5d6675", "grid": "#e3e7ed"},
-    "dark": {"paper": "#161b22", "ink": "#e6e9ee", "faint": "#9aa4b2", "grid": "#2b323c"},
-}
-_COLOURS = ("#8d95a3", "#2f80d0", "#ea7a34", "#2ba84a", "#a259c4", "#c9a227")
 
 
 def draw(results: Results, *, dark: bool = False) -> bytes:
@@ -31,17 +25,7 @@ def draw(results: Results, *, dark: bool = False) -> bytes:
     Raises:
         ValueError: matplotlib is not installed.
     """
-    theme = _THEMES["dark" if dark else "light"]
-    lines = results.lines()
-    models = list(dict.fromkeys(line.model for line in lines))
-    colours = dict(zip(results.adapters(), itertools.cycle(_COLOURS)))
-    figure = _start((10.5, 8.2), theme)
-    grid = figure.add_gridspec(2, len(models), height_ratios=(1, 1.1), hspace=0.08)
-    _draw_stream(figure.add_subplot(grid[0, :]), headline(lines), colours, theme)
-    for column, model in enumerate(models):
-        own = [line for line in lines if line.model == model]
-        _draw_means(figure.add_subplot(grid[1, column]), own, colours, theme)
-    return _print(figure)
+    return as_png(plot_errors(results, Look.of(dark=dark)))
 
 
 def draw_comparison(comparison, *, dark: bool = False) -> bytes:
@@ -59,77 +43,100 @@ def draw_comparison(comparison, *, dark: bool = False) -> bytes:
     Raises:
         ValueError: matplotlib is not installed.
     """
-    theme = _THEMES["dark" if dark else "light"]
-    figure = _start((10.5, 7.6), theme)
+    look = Look.of(dark=dark)
+    figure = start(look, 6.6)
     above, below = figure.subplots(2, 1, height_ratios=(1.3, 1))
     domains, highest = comparison.domains, 0.0
-    for number, (method, colour) in enumerate(zip(comparison.results, itertools.cycle(_COLOURS))):
+    for number, (method, colour) in enumerate(zip(comparison.results, itertools.cycle(COLOURS))):
         means, deviations = zip(*(comparison.spread(method, domain) for domain in domains), strict=True)
-        style = {"color": colour, "linestyle": ("-", "--", ":")[number // len(_COLOURS) % 3], "capsize": 2}
+        style = {"color": look[colour], "linestyle": DASHES[number // len(COLOURS) % len(DASHES)], "capsize": 2}
         spread = [deviation or 0.0 for deviation in deviations]
-        above.errorbar(range(len(domains)), means, spread, marker="o", markersize=4, label=method, **style)
+        marker = MARKERS[number % len(MARKERS)]
+        above.errorbar(range(len(domains)), means, spread, marker=marker, markersize=4, label=method, **style)
         mean, deviation = comparison.spread(method)
-        below.bar(number, mean, 0.7, yerr=deviation, color=colour, ecolor=theme["ink"], capsize=3)
-        _write(below, number, mean, mean, theme)
+        below.bar(number, mean, 0.7, yerr=deviation, color=look[colour], ecolor=look["ink"], capsize=3)
+        _write(below, number, mean, mean, look)
         highest = max(highest, *(m + d for m, d in zip(means, spread, strict=True)))
     above.set_xticks(range(len(domains)), [words.domain(name) for name in domains], rotation=28, ha="right")
     below.set_xticks(range(len(comparison.results)), list(comparison.results))
-    _finish(above, theme, "error in each domain", highest)
-    _finish(below, theme, "mean error", max(sum(filter(None, comparison.spread(m))) for m in comparison.results))
-    return _print(figure)
+    _finish(above, look, "error in each domain", highest)
+    _finish(below, look, "mean error", max(sum(filter(None, comparison.spread(m))) for m in comparison.results))
+    return as_png(figure)
 
 
-def _start(size, theme):
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError('report: the figure needs matplotlib; pip install "ttaq[demo]"') from error
-    figure = Figure(figsize=size, facecolor=theme["paper"], layout="constrained")
-    FigureCanvasAgg(figure)
+def picture_errors(results: Results) -> Picture:
+    """Return the figure of errors with what it shows in words."""
+    line = headline(results.lines())
+    means = ", ".join(f"{words.percent(line.error(name))} % with {name}" for name in line.rows)
+    return Picture(
+        "errors",
+        f"Lines: the error of {words.label(line)} in each domain of the stream, one line an adapter; means {means}. "
+        "Bars: for each model the mean error of each width and adapter.",
+        "Above, the error in each domain of the stream, in the order in which it is met. Below, the mean over the "
+        "stream for each width, with the size of the file; dashes mark rounding to nearest without reconstruction.",
+        lambda look: plot_errors(results, look),
+    )
+
+
+def plot_errors(results: Results, look: Look):
+    """Draw what `draw` says; on narrow paper the models stand below each other."""
+    lines = results.lines()
+    models = list(dict.fromkeys(line.model for line in lines))
+    styles = dict(zip(results.adapters(), itertools.cycle(zip(COLOURS, MARKERS, strict=False))))
+    rows = len(models) if look.narrow else 1
+    figure = start(look, 3.4 + 3.2 * rows)
+    grid = figure.add_gridspec(1 + rows, 1 if look.narrow else len(models), hspace=0.08)
+    _draw_stream(figure.add_subplot(grid[0, :]), headline(lines), styles, look)
+    shared = None
+    for place, model in enumerate(models):
+        own = [line for line in lines if line.model == model]
+        cell = grid[1 + place, 0] if look.narrow else grid[1, place]
+        shared = figure.add_subplot(cell, sharey=shared)
+        _draw_means(shared, own, styles, look, max(_highest(lines), 1.0))
     return figure
 
 
-def _print(figure):
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=130, metadata={"Software": "ttaq"})
-    return file.getvalue()
+def _highest(lines):
+    return max(row["mean_error"] for line in lines for row in line.rows.values())
 
 
-def _draw_stream(axes, line: Line, colours, theme):
+def _draw_stream(axes, line: Line, styles, look):
     """Draw one curve an adapter over the domains, in the order in which they were met."""
     domains = list(dict.fromkeys(name for errors in line.errors.values() for name in errors))
     curves = {adapter: [errors.get(name, math.nan) for name in domains] for adapter, errors in line.errors.items()}
     for number, (adapter, values) in enumerate(curves.items()):
-        thickness = max(1.6, 3.6 - number)  # later curves are thinner: those beneath show
+        colour, marker = styles[adapter]
+        thickness = max(1.4, 2.6 - 0.6 * number)  # later curves are thinner: those beneath show
         label = f"{adapter}, mean {line.error(adapter):.1f} %"
-        axes.plot(
-            values, color=colours[adapter], marker="o", markersize=3 + thickness, linewidth=thickness, label=label
-        )
+        style = {"color": look[colour], "marker": marker, "markersize": 3 + thickness, "linewidth": thickness}
+        axes.plot(values, label=label, **style)
     best = min(line.errors, key=line.error)
     if best != "source" and "source" in curves:
-        gap = {"color": colours[best], "alpha": 0.10, "linewidth": 0}
+        gap = {"color": look[styles[best][0]], "alpha": 0.10, "linewidth": 0}
         axes.fill_between(range(len(domains)), curves["source"], curves[best], **gap)
-    axes.set_xticks(range(len(domains)), [words.domain(name) for name in domains], rotation=28, ha="right")
+    turn = {"rotation": 60 if look.narrow else 28, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(range(len(domains)), [words.domain(name) for name in domains], **turn)
     highest = max(error for errors in line.errors.values() for error in errors.values())
-    _finish(axes, theme, f"{words.label(line)}: error along the stream", highest)
+    room = 0.17 * (1 if not look.narrow else len(curves))
+    _finish(axes, look, f"{words.label(line)}: error along the stream", highest * (1 + room), 1 if look.narrow else 4)
 
 
-def _draw_means(axes, lines, colours, theme):
+def _draw_means(axes, lines, styles, look, highest):
     """Draw a group of bars for each width, one bar an adapter, and a mark where rounding to nearest ends up."""
     shown = _one_a_width(lines)
-    adapters = [name for name in colours if any(name in line.rows for line in shown.values())]
+    adapters = [name for name in styles if any(name in line.rows for line in shown.values())]
     nearest = {line.bits: line for line in lines if line.method == "rtn"}
-    size = 0.8 / len(adapters)
-    highest = max(line.error(a) for line in (*shown.values(), *nearest.values()) for a in line.rows)
-    dashes = {"color": theme["ink"], "linewidth": 1.7, "linestyle": (0, (2, 1))}
+    size = 0.84 / len(adapters)
+    dashes = {"color": look["ink"], "linewidth": 1.7, "linestyle": (0, (2, 1))}
     for number, adapter in enumerate(adapters):
         left = (number - len(adapters) / 2) * size
         for group, line in enumerate(shown.values()):
             if adapter not in line.rows:
                 continue
-            axes.bar(group + left, line.error(adapter), size * 0.9, align="edge", color=colours[adapter])
-            _write(axes, group + left + size * 0.45, line.error(adapter), highest, theme)
+            colour = look[styles[adapter][0]]
+            label = adapter if all(bar.get_label() != adapter for bar in axes.containers) else None
+            axes.bar(group + left, line.error(adapter), size * 0.9, align="edge", color=colour, label=label)
+            _write(axes, group + left + size * 0.45, line.error(adapter), highest, look)
             other = nearest[line.bits].error(adapter) if line.bits in nearest else None
             if other is not None and line.method != "rtn":
                 axes.hlines(other, group + left, group + left + size * 0.9, **dashes)
@@ -137,18 +144,15 @@ def _draw_means(axes, lines, colours, theme):
     axes.set_xticks(range(len(shown)), [words.width(bits) + size for bits, size in zip(shown, sizes, strict=True)])
     if any(line.method != "rtn" for bits, line in shown.items() if bits in nearest):
         axes.plot([], [], label="round to nearest", **dashes)
-    _finish(axes, theme, f"{lines[0].model}: mean error and file size", highest, legend="upper left")
+    _finish(axes, look, f"{lines[0].model}: mean error and file size", highest * 1.18, 4 if len(adapters) < 4 else 3)
 
 
-def _write(axes, x, error, highest, theme):
-    """Write a bar's number at its foot, or above it where it is low."""
-    inside = error > 0.15 * highest
-    style = {"ha": "center", "fontsize": 8.5, "zorder": 4, "textcoords": "offset points"}
-    if inside:
-        axes.annotate(f"{error:.1f}", (x, 0), (0, 5), va="bottom", color="white", **style)
-    else:
-        paper = {"facecolor": theme["paper"], "edgecolor": "none", "pad": 0.6}
-        axes.annotate(f"{error:.1f}", (x, error), (0, 3), va="bottom", color=theme["ink"], bbox=paper, **style)
+def _write(axes, x, error, highest, look):
+    """Write a bar's number at its foot, or above it where it is low, on a piece of paper."""
+    style = {"ha": "center", "va": "bottom", "fontsize": 8, "zorder": 4, "textcoords": "offset points"}
+    paper = {"facecolor": look["paper"], "edgecolor": "none", "pad": 0.8}
+    place = ((x, 0), (0, 5)) if error > 0.15 * highest else ((x, error), (0, 3))
+    axes.annotate(f"{error:.1f}", *place, color=look["ink"], bbox=paper, **style)
 
 
 def _one_a_width(lines):
@@ -160,15 +164,8 @@ def _one_a_width(lines):
     return chosen
 
 
-def _finish(axes, theme, title, highest, legend="upper right"):
-    axes.set_facecolor(theme["paper"])
-    axes.set_ylim(0, max(1.0, highest) * 1.12)
-    axes.set_ylabel("error, %", color=theme["faint"])
-    axes.set_title(title, loc="left", color=theme["ink"], fontsize=12, fontweight="bold", pad=10)
-    axes.grid(axis="y", color=theme["grid"], linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=theme["faint"], length=0, labelsize=9.5)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+def _finish(axes, look, title, highest, columns=4):
+    dress(axes, look, title, "error, %")
+    axes.set_ylim(0, max(1.0, highest) * 1.1)
     if axes.get_legend_handles_labels()[1]:
-        axes.legend(loc=legend, frameon=False, labelcolor=theme["ink"], fontsize=10)
+        explain(axes, look, loc="upper left", ncols=columns, borderaxespad=0.2, columnspacing=1.2, handlelength=1.8)

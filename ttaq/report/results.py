@@ -67,6 +67,7 @@ class Results:
         errors: For each row, domain to error in percent.
         stages: What else took time, in seconds.
         notes: Sentences for the reader.
+        images: For each row, how many images it saw; None where nobody counted.
     """
 
     title: str
@@ -76,6 +77,10 @@ class Results:
     errors: list[dict] = field(default_factory=list)
     stages: dict = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    images: list[int | None] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.images += [None] * (len(self.rows) - len(self.images))  # files of before have none
 
     def add(self, result: Result, *, clean_error: float | None, **values) -> None:
         """Append the row of one evaluation.
@@ -89,6 +94,7 @@ class Results:
         values |= {"clean_error": clean, "mean_error": round(result.mean_error, 3), "seconds": round(result.seconds, 3)}
         self.rows.append({key: values[key] for key in KEYS})
         self.errors.append({domain: round(error, 3) for domain, error in result.errors.items()})
+        self.images.append(sum(result.images.values()) or None)
 
     def lines(self) -> list[Line]:
         """Gather the rows that differ in their adapter alone, in the order in which they came."""
@@ -127,6 +133,10 @@ class Results:
             first._refuse_repeated(other.rows)
             first.rows += other.rows
             first.errors += other.errors
+            first.images += other.images
+            first.settings, first.machine = (
+                _joined(getattr(first, name), getattr(other, name)) for name in ("settings", "machine")
+            )
             first.stages |= other.stages
             first.notes += [note for note in other.notes if note not in first.notes]
         return first
@@ -136,6 +146,16 @@ class Results:
             if any(all(row[key] == own[key] for key in KEYS[:5]) for own in self.rows):
                 what = " ".join(row[key] for key in KEYS[:5])
                 raise ValueError(f"report: two files hold the row {what}; give one of them")
+
+
+def _joined(one: dict, other: dict) -> dict:
+    """Say of each key what both say; where they differ, both."""
+    found = dict(one)
+    for key, value in other.items():
+        known = found.setdefault(key, value)
+        if known != value and str(value) not in str(known).split(" | "):
+            found[key] = f"{known} | {value}"
+    return found
 
 
 def _read(path: Path) -> Results:
@@ -163,5 +183,7 @@ def _fits(content: Mapping) -> bool:
         and len(rows) == len(errors) > 0
         and all(isinstance(row, Mapping) and tuple(row) == KEYS for row in rows)
         and all(isinstance(row["mean_error"], int | float) for row in rows)
+        and isinstance(content.get("images", []), list)
+        and len(content.get("images", rows)) == len(rows)
         and all(isinstance(entry, Mapping) and entry for entry in errors)
     )

@@ -40,3 +40,17 @@ def maker(line) -> str:
 def label(line) -> str:
     """Name a line: "resnet W4A4 packed", "resnet float"."""
     return f"{line.model} float" if line.form == "float" else f"{line.model} {width(line.bits)} {maker(line)}"
+
+
+def seconds(value: float | None) -> str:
+    """Write a time with two digits in the unit that fits, or a dash."""
+    if value is None:
+        return DASH
+    factor, unit = (1, "s") if value >= 1 else (1e3, "ms") if value >= 1e-3 else (1e6, "µs")
+    shown = value * factor
+    return f"{shown:.0f} {unit}" if shown >= 9.95 else f"{shown:.2g} {unit}"
+
+
+def shorten(name: str, longest: int) -> str:
+    """Leave the end of a dotted name that is too long."""
+    return name if len(name) <= longest else f"…{name[1 - longest :]}"
