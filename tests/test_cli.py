@@ -251,7 +251,23 @@ def test_report_renders_the_page_again(folder, tmp_path):
     result = invoke("report", tmp_path / "source.json", tmp_path / "norm.json", "--out", tmp_path / "page.html")
     assert result.exit_code == 0, result.output
     page = (tmp_path / "page.html").read_text()
-    assert '<th class="n">source</th><th class="n">norm</th>' in page
+    assert '<th class="n" scope="col">source</th><th class="n" scope="col">norm</th>' in page
+
+
+def test_report_takes_checkpoints_and_streams_and_writes_figures(folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    lines = [{"image": "a", "label": 1, "confidence": 0.5}, {"image": "b", "error": "no image"}]
+    (tmp_path / "said.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in lines))
+    out, figures = tmp_path / "page.html", tmp_path / "figures"
+    files = [folder / "model.safetensors", tmp_path / "said.jsonl"]
+    result = invoke("report", *files, "--out", out, "--figures", figures)
+    assert result.exit_code == 0, result.output
+    assert "said.jsonl: 1 images predicted, 1 refused." in result.stdout
+    assert f"{out.stat().st_size:,} bytes" in result.stdout
+    assert "layer3.0.conv2" in out.read_text()
+    assert sorted(path.name for path in figures.iterdir()) == [
+        f"{name}.{kind}" for name in ("layers", "reconstruction") for kind in ("png", "svg")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -266,6 +282,8 @@ def test_report_renders_the_page_again(folder, tmp_path):
         (["quantize", "test_cli:tiny", "--data", ".", "--weights", "none.pth"], "there is no file none.pth"),
         (["evaluate", "none.safetensors", "--data", "."], "there is no file none.safetensors"),
         (["report", "none.json"], "cannot read none.json"),
+        (["report", "none.jsonl"], "cannot read none.jsonl"),
+        (["report", "none.safetensors"], "there is no file none.safetensors"),
     ],
 )
 def test_bad_input_is_one_sentence(args, sentence, tmp_path, monkeypatch):

@@ -17,10 +17,10 @@ import pytest
 import torch
 from PIL import Image
 from test_datasets import noise
-from tiny import resnet
+from tiny import calibrated, resnet
 
 import ttaq
-from ttaq.deployment import Reader, Stop, preprocessor, receive, serve, walk
+from ttaq.deployment import Reader, Stop, line, preprocessor, receive, serve, walk
 from ttaq.models import ResNet
 
 
@@ -132,6 +132,22 @@ def test_the_end_may_be_asked_for_while_waiting_and_in_between():
     stop = Stop()
     stop.handle()
     assert serve(adapter, images(), Reader(16), said.append, preprocess=prepare, stop=stop)["predicted"] == 0
+
+
+def test_what_telemetry_measures_is_written_once_a_measurement_and_is_sound_json():
+    packed = ttaq.pack(calibrated("resnet", "w4a4"))
+    adapter, said = ttaq.adapt(packed, "norm", telemetry=2, reference=[torch.rand(6, 3, 16, 16)]), []
+    images = [(str(n), GOOD["plain"]) for n in range(20)]
+    prepare = preprocessor((0.5,) * 3, (0.5,) * 3)
+    serve(adapter, images, Reader(16), said.append, preprocess=prepare, batch_size=4)
+    measured = [one for one in said if "drift" in one]
+    assert [one["batch"] for one in measured] == [step.batch for step in adapter.history if step.drift]
+    assert json.loads(line(measured[0])) == measured[0]
+    step = next(step for step in adapter.history if step.drift)
+    name, row = next(iter(step.drift["layers"].items()))
+    assert measured[0]["drift"]["layers"][name] == {key: round(value, 4) for key, value in row.items()}
+    assert measured[0]["entropy"] == round(step.entropy, 4)
+    assert sum("image" in one for one in said) == 20
 
 
 def tiny():

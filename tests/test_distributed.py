@@ -141,6 +141,10 @@ def test_two_processes_end_as_one(name, method, settings, together):
         assert [r["before"] for r in report["blocks"]] == pytest.approx(
             [r["before"] for r in model.ttaq_report["blocks"]], rel=0.02, abs=1e-4
         )
+        curves = [[r.get("curve", []) for r in made["blocks"]] for made in (report, model.ttaq_report)]
+        assert [len(curve) for curve in curves[0]] == [len(curve) for curve in curves[1]]
+        for ours, theirs in zip(*curves, strict=True):
+            assert ours[:1] == pytest.approx(theirs[:1], rel=0.02, abs=1e-4)
 
 
 KILLED = """

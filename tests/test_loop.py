@@ -66,7 +66,7 @@ def test_where_memory_runs_out_the_block_is_learned_again(name, calls, monkeypat
     assert len(got) == len(calls)
     assert sum(row.get("retries", 0) for row in report["blocks"]) == len(calls)
     assert states_equal(model, plain)
-    keys = ("name", "before", "after", "steps")
+    keys = ("name", "before", "after", "steps", "curve")
     assert [[r[k] for k in keys] for r in report["blocks"]] == [
         [r[k] for k in keys] for r in plain.ttaq_report["blocks"]
     ]
@@ -106,7 +106,8 @@ def test_the_report_says_what_was_done_for_each_block():
     model = ttaq.quantize(vit(), [input_of("vit")], "w4a4", method="qdrop", **QUICK)
     rows = model.ttaq_report["blocks"]
     assert [row["steps"] for row in rows] == [6] * 4
-    assert all(set(row) == {"name", "layers", "before", "after", "steps", "seconds"} for row in rows)
+    assert all(set(row) == {"name", "layers", "before", "after", "steps", "seconds", "curve"} for row in rows)
+    assert all(len(row["curve"]) == 6 for row in rows)
 
 
 def test_the_bar_goes_from_nothing_to_all(monkeypatch):

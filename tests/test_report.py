@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -14,6 +15,7 @@ from ttaq.report import KEYS, Results, draw, find, render, tabulate
 pytest.importorskip("matplotlib")
 
 VOID = {"meta", "img", "source", "br", "link"}
+ADDRESSES = ("src", "srcset", "href", "xlink:href", "action", "data", "poster", "background", "cite", "ping")
 
 
 @pytest.fixture
@@ -41,13 +43,15 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.links, self.cells, self.words = [], [], [], ""
+        self.open, self.links, self.ids, self.tags, self.cells, self.words = [], [], [], [], [], ""
         self.feed(text)
         self.close()
         assert self.open == []
 
     def handle_starttag(self, tag, attrs):
-        self.links += [value for name, value in attrs if name in ("src", "srcset", "href", "action", "data")]
+        self.links += [value for name, value in attrs if name in ADDRESSES]
+        self.ids += [value for name, value in attrs if name == "id"]
+        self.tags.append((tag, dict(attrs)))
         if tag not in VOID:
             self.open.append(tag)
 
@@ -67,16 +71,38 @@ def text_of(results, columns):
     return console.file.getvalue()
 
 
+def assert_whole(html):
+    """Check that a page asks for nothing outside of itself, and finds all it asks for inside."""
+    page = Page(html)
+    inside = [link for link in page.links if link.startswith("#")]
+    assert all(link.startswith("data:image/png;base64,") for link in page.links if link not in inside)
+    assert {link[1:] for link in inside} <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    assert set(re.findall(r"url\(([^)]*)\)", html)) <= {f"#{name}" for name in page.ids}
+    rest = re.sub(r"data:image/png;base64,[\w+/=]*", "", html)
+    for address in ("http", "//", "@import", "<script", "<link", "<iframe", "<image href=\"/"):
+        assert address not in rest
+    return page
+
+
 def test_a_page_parses_is_whole_and_asks_for_nothing(results):
     html = render(results).decode()
-    page = Page(html)
-    assert len(page.links) == 2
-    assert all(link.startswith("data:image/png;base64,") for link in page.links)
-    rest = html.replace(page.links[0], "").replace(page.links[1], "")
-    for address in ("http", "//", "url(", "@import", "<script", "<link"):
-        assert address not in rest
+    assert_whole(html)
     assert "prefers-color-scheme:dark" in html
     assert 'name="viewport"' in html
+
+
+def test_a_page_is_for_those_who_do_not_see_it_too(results):
+    page = Page(render(results).decode())
+    assert ("html", {"lang": "en"}) in page.tags
+    pictures = [attrs for tag, attrs in page.tags if tag == "svg"]
+    assert len(pictures) == 4  # errors and costs, wide and narrow
+    assert all(attrs["role"] == "img" and len(attrs["aria-label"]) > 80 for attrs in pictures)
+    assert "cnn W4A4 packed" in pictures[0]["aria-label"]
+    assert all(attrs.get("scope") in ("col", "row") for tag, attrs in page.tags if tag == "th")
+    boxes = [attrs for tag, attrs in page.tags if attrs.get("class") == "scroll"]
+    assert all(attrs["tabindex"] == "0" and attrs["aria-label"] for attrs in boxes)
+    assert len(boxes) == sum(tag == "table" for tag, _ in page.tags) == sum(tag == "caption" for tag, _ in page.tags)
 
 
 def test_a_page_shows_every_error_and_escapes_what_it_is_given(results):

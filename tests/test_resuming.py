@@ -134,7 +134,7 @@ def test_every_form_goes_on_from_every_block(name, form, tmp_path, monkeypatch):
             assert_unchanged(model, before)
     assert not stopped
     assert [row["name"] for row in found["blocks"]] == [row["name"] for row in report["blocks"]]
-    keys = ("name", "layers", "before", "after", "steps")
+    keys = ("name", "layers", "before", "after", "steps", "curve")
     assert [[r[k] for k in keys] for r in found["blocks"]] == [[r[k] for k in keys] for r in report["blocks"]]
     state = model.state_dict()
     assert state.keys() == wanted.keys()

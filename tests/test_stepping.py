@@ -16,7 +16,7 @@ from ttaq.caching import BlockCache
 from ttaq.learning import adam, frozen
 from ttaq.objectives import Objectives
 from ttaq.perturbation import PEM
-from ttaq.stepping import Captured, draws, set_rates, undone
+from ttaq.stepping import Captured, Curve, draws, set_rates, undone
 
 CPU = torch.device("cpu")
 FORMS = [{"rounding": "adaround"}, {"rounding": "ste", "rounding_lr": 0.01}, {"statistics": "batch"}, {"drop": 0.0}]
@@ -93,6 +93,37 @@ def test_draws():
     torch.manual_seed(0)
     wanted = [torch.randint(10, (4,)) for _ in range(3)]
     assert all(torch.equal(a, w) and a is b for (a, b), w in zip(found, wanted, strict=True))
+
+
+# The curve
+
+
+@pytest.mark.parametrize(("total", "points"), [(1, 1), (5, 5), (32, 32), (33, 32), (1000, 32)])
+def test_a_curve_has_the_mean_of_each_part_of_the_steps(total, points):
+    curve, errors = Curve(CPU), torch.rand(total, generator=torch.Generator().manual_seed(0)) + 1
+    for step, error in enumerate(errors):
+        curve.add(step, total, error)
+    parts = [[] for _ in range(points)]
+    for step, error in enumerate(errors.tolist()):
+        parts[step * points // total].append(error)
+    assert curve.read() == [pytest.approx(sum(part) / len(part), rel=1e-3) for part in parts]
+    assert all(len(f"{mean:g}".replace(".", "").lstrip("0")) <= 4 for mean in curve.read())
+    assert Curve(CPU).read() == []
+
+
+@pytest.mark.parametrize("options", FORMS, ids=str)
+@pytest.mark.parametrize("graphed", [False, True])
+@pytest.mark.parametrize("name", ["resnet", "vit"])
+def test_the_curve_is_that_of_the_distance_to_the_float_block(name, graphed, options, monkeypatch):
+    monkeypatch.setattr(stepping, "_record", replayed)
+    stage = Stage(name)
+    learner = stage.learner(**options | {"penalty": 0.0})  # so that the loss is the distance
+    losses, _ = stage.learn(learner, graph=graphed, plan=lambda seconds: 9)
+    assert learner.curve.read() == [pytest.approx(loss, rel=1e-3) for loss in losses]
+    stage = Stage(name)
+    other = stage.learner(**options)
+    stage.learn(other, lambda *_: 5.0, plan=lambda seconds: 9)
+    assert other.curve.read()[0] == learner.curve.read()[0]  # neither the penalty nor other terms are in it
 
 
 # What is undone, and the steps that a plan chooses

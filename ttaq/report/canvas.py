@@ -177,6 +177,6 @@ def as_inline(figure, salt: str, alt: str) -> str:
     for name, colour in THEMES["light"].items():
         text = re.sub(colour, f"var(--{name})", text, flags=re.IGNORECASE)
     used = set(re.findall(r'#([\w-]+)(?:"|\))', text))
-    text = re.sub(r' id="([\w-]+)"', lambda found: found[0] if found[1] in used else "", text)
+    text = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", text)
     text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)  # hundredths of a point
     return re.sub(r"\s*\n\s*", " ", text).strip()

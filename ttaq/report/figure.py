@@ -83,15 +83,15 @@ def plot_errors(results: Results, look: Look):
     lines = results.lines()
     models = list(dict.fromkeys(line.model for line in lines))
     styles = dict(zip(results.adapters(), itertools.cycle(zip(COLOURS, MARKERS, strict=False))))
-    rows = len(models) if look.narrow else 1
+    columns = 1 if look.narrow else min(2, len(models))
+    rows = -(-len(models) // columns)
     figure = start(look, 3.4 + 3.2 * rows)
-    grid = figure.add_gridspec(1 + rows, 1 if look.narrow else len(models), hspace=0.08)
+    grid = figure.add_gridspec(1 + rows, columns, hspace=0.08)
     _draw_stream(figure.add_subplot(grid[0, :]), headline(lines), styles, look)
     shared = None
     for place, model in enumerate(models):
         own = [line for line in lines if line.model == model]
-        cell = grid[1 + place, 0] if look.narrow else grid[1, place]
-        shared = figure.add_subplot(cell, sharey=shared)
+        shared = figure.add_subplot(grid[1 + place // columns, place % columns], sharey=shared)
         _draw_means(shared, own, styles, look, max(_highest(lines), 1.0))
     return figure
 
