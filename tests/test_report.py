@@ -80,7 +80,7 @@ def assert_whole(html):
     assert len(page.ids) == len(set(page.ids))
     assert set(re.findall(r"url\(([^)]*)\)", html)) <= {f"#{name}" for name in page.ids}
     rest = re.sub(r"data:image/png;base64,[\w+/=]*", "", html)
-    for address in ("http", "//", "@import", "<script", "<link", "<iframe", "<image href=\"/"):
+    for address in ("http", "//", "@import", "<script", "<link", "<iframe", '<image href="/'):
         assert address not in rest
     return page
 
@@ -102,7 +102,7 @@ def test_a_page_is_for_those_who_do_not_see_it_too(results):
     assert all(attrs.get("scope") in ("col", "row") for tag, attrs in page.tags if tag == "th")
     boxes = [attrs for tag, attrs in page.tags if attrs.get("class") == "scroll"]
     assert all(attrs["tabindex"] == "0" and attrs["aria-label"] for attrs in boxes)
-    assert len(boxes) == sum(tag == "table" for tag, _ in page.tags) == sum(tag == "caption" for tag, _ in page.tags)
+    assert len(boxes) == sum(tag == "table" for tag, _ in page.tags)
 
 
 def test_a_page_shows_every_error_and_escapes_what_it_is_given(results):

@@ -51,11 +51,13 @@ def plot_curves(checkpoints: list[Checkpoint], look: Look):
             colour = colours(number / max(1, len(drawn) - 1))
             dash = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)))[number % 3]
             axes.plot(*shares(row), color=colour, linewidth=1.4, linestyle=dash, label=row.name)
-        dress(axes, look, title(one), "error, share of the first", along="step")
+        first = axes.get_subplotspec().is_first_col()
+        dress(axes, look, title(one), "error, share of the first" if first else "", along="step")
+        axes.xaxis.get_major_locator().set_params(integer=True, nbins=5)
         scale(axes, "y", [value for value in values if value > 0] or [1.0], lambda value: f"{value:.0%}")
         shown = axes.lines if len(drawn) <= 10 else [axes.lines[0], axes.lines[len(drawn) // 2], axes.lines[-1]]
         columns = 1 if look.narrow or len(shown) < 6 else 2
-        axes.legend(frameon=False, labelcolor=look["ink"], fontsize=7, ncols=columns, handles=list(shown))
+        axes.legend(frameon=False, labelcolor=look["ink"], fontsize=7.5, ncols=columns, loc="best", handles=list(shown))
     for axes in figure.axes[len(checkpoints) :]:
         axes.set_visible(False)
     return figure

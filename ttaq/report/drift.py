@@ -22,8 +22,8 @@ def draw_drift(history: Iterable[Step] | str | os.PathLike, *, dark: bool = Fals
     """Draw how a stream moved away from calibration, over its batches.
 
     Above, when something happened; then for each quantised layer the share of its values that use other codes than
-    the reference; the clip rate of the worst layer and on average against the reference; and the mean distance of the
-    norms from the source with the mean entropy.
+    the reference; the clip rate of the worst layer and on average against the reference; the mean distance of the norms
+    from the source; and the mean entropy.
 
     Args:
         history: `Adapter.history` with telemetry, or the file that `write_history` wrote.
@@ -54,7 +54,7 @@ def picture_drift(name: str, steps: list[Step]) -> Picture:
         f"the reference{said}; the share of clipped values; and how far the norms are from the source.",
         "From above: when something happened; for each layer the share of its values that use other codes than the "
         "reference (occupancy); values outside the range of the quantisers, worst layer and mean, against the "
-        "reference (range); and how far the norms moved, with the entropy of the predictions.",
+        "reference (range); how far the norms moved; and the entropy of the predictions.",
         lambda look: plot_drift(steps, look),
     )
 
@@ -64,19 +64,22 @@ def plot_drift(steps: list[Step], look: Look):
     batches = _count(steps)
     measured = [(batch, step) for batch, step in zip(batches, steps, strict=True) if step.drift]
     events = _events(zip(batches, steps, strict=True))
-    figure = start(look, 7.2)
-    heights = (0.16 * max(1, len(events)) + 0.1, 2.2, 1.2, 1.2)
-    strip, above, middle, below = figure.subplots(4, 1, sharex=True, height_ratios=heights)
+    norms, unsure = any(step.drift["norms"] for _, step in measured), [s for s in steps if s.entropy is not None]
+    heights = [0.16 * max(1, len(events)) + 0.1, 2.4, 1.2, *([1.0] if norms else []), *([1.0] if unsure else [])]
+    figure = start(look, 1.7 + 1.1 * sum(heights))
+    strip, above, *curves = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     _draw_events(strip, events, look)
     _draw_layers(figure, above, measured, look)
-    _draw_clipping(middle, measured, look)
-    _draw_distance(below, measured, list(zip(batches, steps, strict=True)), look)
+    _draw_clipping(curves[0], measured, look)
+    if norms:
+        _draw_distance(curves[1], measured, look)
+    if unsure:
+        _draw_entropy(curves[-1], list(zip(batches, steps, strict=True)), look)
     for kind in (kind for kind in _LINES if len(events.get(kind, ())) <= _FEW):
-        for axes, batch in itertools.product((middle, below), events.get(kind, ())):
+        for axes, batch in itertools.product(curves, events.get(kind, ())):
             axes.axvline(batch, color=look[_TINTS[kind]], linewidth=0.9, linestyle=":", alpha=0.8, zorder=0.9)
-    below.set_xlim(batches[0] - 0.5, batches[-1] + 0.5)
-    below.set_xlabel("batch", color=look["faint"], fontsize=9)
-    figure.get_layout_engine().set(h_pad=0.08)
+    curves[-1].set_xlim(batches[0] - 0.5, batches[-1] + 0.5)
+    curves[-1].set_xlabel("batch", color=look["faint"], fontsize=9)
     return figure
 
 
@@ -113,8 +116,6 @@ def _draw_events(axes, events, look):
     axes.set_yticks(range(len(events)), list(events))
     axes.set_ylim(len(events) - 0.5 if events else 1, -0.5)
     axes.grid(visible=False)
-    for label, kind in zip(axes.get_yticklabels(), events, strict=True):
-        label.set_color(_TINTS[kind])
 
 
 def _draw_layers(figure, axes, measured, look):
@@ -129,7 +130,7 @@ def _draw_layers(figure, axes, measured, look):
     most = max((value for row in rows for value in row if value == value), default=0.0)
     stops = [to_rgba("#2f7fd0", 0.0), to_rgba("#2f7fd0"), to_rgba("#e07020")]  # from no ink, on either paper
     colours = LinearSegmentedColormap.from_list("drift", stops).with_extremes(bad=to_rgba("#808080", 0.25))
-    dress(axes, look, "values that use other codes than the reference, by layer")
+    dress(axes, look, "occupancy: values on other codes than the reference")
     axes.grid(visible=False)
     if rows:
         sides = [k - 0.5 for k in range(len(names) + 1)]
@@ -155,35 +156,23 @@ def _draw_clipping(axes, measured, look):
     axes.plot(batches, worst, color=look["c2"], label="worst layer", **style)
     axes.plot(batches, mean, color=look["c1"], label="mean of the layers", **style)
     axes.plot(batches, usual, color=look["ink"], linewidth=1.4, linestyle=(0, (4, 2)), label="mean of the reference")
-    dress(axes, look, "clipped values", "%")
-    axes.set_ylim(0, max(1.0, *worst, *usual) * 1.15 if kept else 1)
-    _explain(axes, look)
+    dress(axes, look, "range: clipped values", "%")
+    axes.set_ylim(0, max(1.0, *worst, *usual) * (1.7 if look.narrow else 1.35) if kept else 1)
+    explain(axes, look, loc="upper left", ncols=2 if look.narrow else 3, borderaxespad=0, columnspacing=1.2)
 
 
-def _draw_distance(axes, measured, steps, look):
-    """Draw the mean distance of the norms from the source, and on an axis of its own the mean entropy."""
+def _draw_distance(axes, measured, look):
+    """Draw the mean distance of the norms from the source."""
     kept = [(batch, step.drift["norms"].values()) for batch, step in measured if step.drift["norms"]]
+    apart = [sum(norms) / len(norms) for _, norms in kept]
+    axes.plot([batch for batch, _ in kept], apart, color=look["c4"], marker="o", markersize=3, linewidth=1.6)
+    dress(axes, look, "norms: mean distance from the source", "deviations")
+    axes.set_ylim(0, max([0.1, *apart]) * 1.15)
+
+
+def _draw_entropy(axes, steps, look):
+    """Draw the mean entropy of the predictions."""
     unsure = [(batch, step.entropy) for batch, step in steps if step.entropy is not None]
-    right = axes.twinx() if kept else axes
-    if kept:
-        apart = [sum(norms) / len(norms) for _, norms in kept]
-        style = {"marker": "o", "markersize": 3, "linewidth": 1.6, "color": look["c4"]}
-        axes.plot([batch for batch, _ in kept], apart, label="distance of the norms", **style)
-        dress(axes, look, "distance of the norms from the source, and entropy", "source deviations")
-        axes.set_ylim(0, max([0.1, *apart]) * 1.15)
-    if unsure:
-        right.plot(*zip(*unsure, strict=True), color=look["c3"], linewidth=1.2, label="entropy")
-    dress(right, look, "" if kept else "entropy of the predictions", "nats")
-    right.set_ylim(0, max([0.1, *(value for _, value in unsure)]) * 1.15)
-    if kept:
-        right.grid(visible=False)
-        right.set_facecolor("none")
-        _explain(right, look, axes.get_legend_handles_labels())
-
-
-def _explain(axes, look, others=((), ())):
-    own = axes.get_legend_handles_labels()
-    explain(
-        axes, look, [*others[0], *own[0]], labels=[*others[1], *own[1]], loc="lower right", ncols=3, columnspacing=1.2,
-        bbox_to_anchor=(1.02, 0.9 if look.narrow else 0.97),
-    )  # fmt: skip
+    axes.plot(*zip(*unsure, strict=True), color=look["c3"], linewidth=1.6)
+    dress(axes, look, "entropy of the predictions", "nats")
+    axes.set_ylim(0, max([0.1, *(value for _, value in unsure)]) * 1.15)

@@ -136,7 +136,8 @@ def _draw_means(axes, lines, styles, look, highest):
             colour = look[styles[adapter][0]]
             label = adapter if all(bar.get_label() != adapter for bar in axes.containers) else None
             axes.bar(group + left, line.error(adapter), size * 0.9, align="edge", color=colour, label=label)
-            _write(axes, group + left + size * 0.45, line.error(adapter), highest, look)
+            upright = len(shown) * len(adapters) <= 8
+            _write(axes, group + left + size * 0.45, line.error(adapter), highest, look, upright=upright)
             other = nearest[line.bits].error(adapter) if line.bits in nearest else None
             if other is not None and line.method != "rtn":
                 axes.hlines(other, group + left, group + left + size * 0.9, **dashes)
@@ -147,9 +148,16 @@ def _draw_means(axes, lines, styles, look, highest):
     _finish(axes, look, f"{lines[0].model}: mean error and file size", highest * 1.18, 4 if len(adapters) < 4 else 3)
 
 
-def _write(axes, x, error, highest, look):
+def _write(axes, x, error, highest, look, *, upright=True):
     """Write a bar's number at its foot, or above it where it is low, on a piece of paper."""
-    style = {"ha": "center", "va": "bottom", "fontsize": 8, "zorder": 4, "textcoords": "offset points"}
+    style = {
+        "rotation": 0 if upright else 90,
+        "ha": "center",
+        "va": "bottom",
+        "fontsize": 8,
+        "zorder": 4,
+        "textcoords": "offset points",
+    }
     paper = {"facecolor": look["paper"], "edgecolor": "none", "pad": 0.8}
     place = ((x, 0), (0, 5)) if error > 0.15 * highest else ((x, error), (0, 3))
     axes.annotate(f"{error:.1f}", *place, color=look["ink"], bbox=paper, **style)
@@ -167,5 +175,6 @@ def _one_a_width(lines):
 def _finish(axes, look, title, highest, columns=4):
     dress(axes, look, title, "error, %")
     axes.set_ylim(0, max(1.0, highest) * 1.1)
+    axes.set_yticks([tick for tick in axes.get_yticks() if tick <= min(100, 1.1 * highest)])
     if axes.get_legend_handles_labels()[1]:
         explain(axes, look, loc="upper left", ncols=columns, borderaxespad=0.2, columnspacing=1.2, handlelength=1.8)

@@ -35,15 +35,16 @@ def table(what: str, head: str, rows: Iterable[str], kind: str = "") -> str:
     """Return a table in a box that scrolls by itself, with the keyboard too.
 
     Args:
-        what: It holds; its caption.
+        what: It holds.
         head: Cells of its first row.
         rows: Each a <tr>.
         kind: Its class.
     """
     shown = f' class="{kind}"' if kind else ""
+    box = f'<div class="scroll" role="region" aria-label="{escape(what)}" tabindex="0">'
     return (
-        f'<div class="scroll" role="region" aria-label="{escape(what)}" tabindex="0"><table{shown}>'
-        f"<caption>{escape(what)}</caption><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f'<p class="about">{escape(what)}</p>{box}'
+        f"<table{shown}><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 

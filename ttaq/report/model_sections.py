@@ -6,7 +6,7 @@ from . import words
 from .checkpoints import Checkpoint, grouped
 from .curves import learned, picture_curves, title
 from .layers import picture_layers
-from .markup import Section, card, folded, heads, number, row, spark, table, word
+from .markup import Section, card, folded, heads, items, number, row, spark, table, word
 
 
 def checkpoint_cards(checkpoints: list[Checkpoint]) -> list[str]:
@@ -38,7 +38,7 @@ def layers_section(checkpoints: list[Checkpoint]) -> Section:
     """Show bits, bytes and SQNR of each layer."""
     groups = grouped(checkpoints)
     drawn = [group for group in groups if any(one.measured for one in group.values())]
-    body = "".join(_layer_table(group) for group in groups)
+    body = items(describe_checkpoints(checkpoints)) + "".join(_layer_table(group) for group in groups)
     lead = "" if drawn else "Nobody measured the SQNR of these layers; reconstruction does."
     return Section("Layers", lead, body, (picture_layers(drawn),) if drawn else ())
 

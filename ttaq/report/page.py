@@ -125,7 +125,7 @@ def sections_of(results: Results | None, checkpoints: list[Checkpoint], streams:
     """
     if not (results or checkpoints or streams):
         raise ValueError("report: there is nothing to show; give results, checkpoints or streams")
-    found = [findings_section(say(results, checkpoints))]
+    found = [findings_section(say(results))]
     if results:
         found += [errors_section(results), tradeoff_section(results)]
     if checkpoints:

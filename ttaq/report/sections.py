@@ -53,10 +53,12 @@ def tradeoff_section(results: Results) -> Section | None:
     for point in sorted(points, key=lambda p: p.error):
         on = [names[cost] for cost in costs if point in fronts[cost]]
         cells = [number(words.percent(point.error)), number(words.kilobytes(point.bytes))]
-        cells += [number(words.seconds(point.seconds)), word(" and ".join(on) or words.DASH)]
+        cells += [number(words.milliseconds(point.seconds)), word(" and ".join(on) or words.DASH)]
         rows.append(row(point.model, word(words.width(point.bits)), word(point.form), word(point.adapter), *cells))
-    head = heads(("model", "bits", "form", "adapter"), ("error, %", "file", "an image")) + heads(("on the front of",))
-    what = " and ".join(COSTS[cost][0] for cost in costs)
+    head = heads(("model", "bits", "form", "adapter"), ("error, %", "file", "ms an image")) + heads(
+        ("on the front of",)
+    )
+    what = " and ".join(COSTS[cost] for cost in costs)
     return Section(
         "What accuracy costs",
         f"Every packed and every float model with each adapter: mean error on the stream against {what}.",

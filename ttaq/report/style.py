@@ -36,7 +36,9 @@ figcaption{color:var(--faint);font-size:.9rem;padding:.6rem .3rem 0;max-width:60
 margin:0 0 .9rem}
 .scroll:focus-visible,summary:focus-visible{outline:2px solid var(--c1);outline-offset:2px}
 table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
-caption{text-align:left;padding:.6rem .7rem .2rem;color:var(--faint)}
+.about{color:var(--faint);font-size:.9rem;margin:1.2rem .3rem .4rem}
+thead th{position:sticky;top:0;background:var(--paper);z-index:2}
+tbody th{position:sticky;left:0;background:var(--paper);z-index:1}
 th,td{padding:.42rem .7rem;text-align:left;white-space:nowrap;border-bottom:1px solid var(--grid)}
 thead th{color:var(--faint);font-weight:600}
 tbody th{font-weight:400}

@@ -8,7 +8,7 @@ from . import words
 from .canvas import COLOURS, MARKERS, Look, Picture, dress, explain, scale, start
 from .results import Results
 
-COSTS = {"bytes": ("size of the file", "bytes"), "seconds": ("time an image", "seconds an image")}
+COSTS = {"bytes": "size of the file", "seconds": "time an image"}
 _NAMED = 8  # points of a front that get a name
 
 
@@ -69,7 +69,7 @@ def picture_tradeoff(points: list[Point]) -> Picture:
             f"{_label(p)} with {p.adapter} ({_write(cost)(getattr(p, cost))}, {p.error:.1f} %)"
             for p in front_of(points, cost)
         )
-        said.append(f"Error against {COSTS[cost][0]}; on the Pareto front, cheapest first: {best}.")
+        said.append(f"Error against {COSTS[cost]}; on the Pareto front, cheapest first: {best}.")
     return Picture(
         "tradeoff",
         " ".join(said),
@@ -96,11 +96,10 @@ def plot_tradeoff(points: list[Point], look: Look):
                 getattr(point, cost), point.error, shapes[point.model], color=colour, markerfacecolor=face,
                 markersize=7, markeredgewidth=1.4, zorder=3,
             )  # fmt: skip
+        axes.margins(x=0.16, y=0.12)
         _draw_front(axes, front_of(known, cost), cost, look)
-        dress(axes, look, f"error against {COSTS[cost][0]}", "mean error, %")
-        axes.set_ylim(0, 1.08 * max(point.error for point in known) + 0.5)
+        dress(axes, look, f"error against {COSTS[cost]}", "mean error, %")
         scale(axes, "x", [getattr(point, cost) for point in known], _write(cost))
-        axes.margins(x=0.22)
     explain(figure, look, handles, loc="outside lower center", ncols=2 if look.narrow else 5, columnspacing=1.2)
     return figure
 
@@ -111,11 +110,25 @@ def _draw_front(axes, front, cost, look):
         [getattr(p, cost) for p in front], [p.error for p in front], where="post", color=look["ink"], linewidth=1.2,
         linestyle=(0, (4, 2)), zorder=2,
     )  # fmt: skip
-    paper = {"facecolor": look["paper"], "edgecolor": "none", "pad": 0.6, "alpha": 0.8}
-    place = {"xytext": (-5, -5), "textcoords": "offset points", "ha": "right", "va": "top", "zorder": 4}
-    for point in front[:: -(-len(front) // _NAMED)]:
-        where = (getattr(point, cost), point.error)
-        axes.annotate(_label(point), where, color=look["ink"], fontsize=8, bbox=paper, **place)
+    style = {"color": look["ink"], "fontsize": 8, "zorder": 4}
+    below = {"xytext": (-5, -5), "textcoords": "offset points", "ha": "right", "va": "top"}
+    for point in _apart(axes, front, cost):
+        axes.annotate(_label(point), (getattr(point, cost), point.error), **style, **below)
+
+
+def _apart(axes, front, cost):
+    """Choose the points that are named, from the best on: those whose names do not run into each other."""
+    axes.autoscale_view()
+    axes.set_xlim(axes.get_xlim())
+    chosen, boxes = [], []
+    for point in reversed(front):
+        x, y = axes.transAxes.inverted().transform(axes.transData.transform((getattr(point, cost), point.error)))
+        wide = 0.026 * len(_label(point))
+        clear = all(abs(y - other_y) > 0.07 or x < left or x - wide > right for left, right, other_y in boxes)
+        if clear and x > wide:
+            chosen.append(point)
+            boxes.append((x - wide, x, y))
+    return chosen
 
 
 def _handles(shapes, colours, look):
@@ -134,4 +147,4 @@ def _label(point):
 
 
 def _write(cost):
-    return words.kilobytes if cost == "bytes" else words.seconds
+    return words.kilobytes if cost == "bytes" else lambda seconds: f"{1e3 * seconds:.3g} ms"

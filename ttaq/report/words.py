@@ -42,13 +42,9 @@ def label(line) -> str:
     return f"{line.model} float" if line.form == "float" else f"{line.model} {width(line.bits)} {maker(line)}"
 
 
-def seconds(value: float | None) -> str:
-    """Write a time with two digits in the unit that fits, or a dash."""
-    if value is None:
-        return DASH
-    factor, unit = (1, "s") if value >= 1 else (1e3, "ms") if value >= 1e-3 else (1e6, "µs")
-    shown = value * factor
-    return f"{shown:.0f} {unit}" if shown >= 9.95 else f"{shown:.2g} {unit}"
+def milliseconds(value: float | None) -> str:
+    """Write a time in ms with two decimals, or a dash."""
+    return DASH if value is None else f"{1e3 * value:,.2f}"
 
 
 def shorten(name: str, longest: int) -> str:
