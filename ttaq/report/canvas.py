@@ -2,6 +2,7 @@
 
 import io
 import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
@@ -96,7 +97,8 @@ def start(look: Look, height: float) -> Any:
 def dress(axes, look: Look, title: str, unit: str = "", *, along: str = "") -> None:
     """Give a panel its title, the units of both axes, a quiet grid and no frame."""
     axes.set_facecolor(look["paper"])
-    axes.set_title(title, loc="left", color=look["ink"], fontsize=10.5, fontweight="bold", pad=8)
+    title = textwrap.fill(title, 36) if look.narrow else title
+    axes.set_title(title, loc="left", color=look["ink"], fontsize=10 if look.narrow else 10.5, fontweight="bold", pad=8)
     axes.set_ylabel(unit, color=look["faint"], fontsize=9)
     axes.set_xlabel(along, color=look["faint"], fontsize=9)
     axes.grid(axis="y", color=look["grid"], linewidth=0.8)
@@ -109,7 +111,9 @@ def dress(axes, look: Look, title: str, unit: str = "", *, along: str = "") -> N
 def explain(figure_or_axes, look: Look, handles=None, **where) -> None:
     """Write a legend without a frame; `handles` in place of what is drawn."""
     given = {} if handles is None else {"handles": handles}
-    figure_or_axes.legend(frameon=False, labelcolor=look["ink"], fontsize=9, **given, **where)
+    style = {"frameon": False, "labelcolor": look["ink"], "fontsize": 9}
+    legend = figure_or_axes.legend(**style | given | where)
+    legend.set_in_layout("outside" in str(where.get("loc")))  # one inside a panel takes no room from it
 
 
 def scale(axes, which: str, values: list[float], write: Callable[[float], str]) -> None:

@@ -65,6 +65,7 @@ class Checkpoint:
         images: That it was calibrated on; None where nobody counted.
         bytes: Of the whole file.
         fingerprint: Of the architecture.
+        statistics: "batch" where blocks learned under each batch's own statistics of BatchNorm, else "source".
         layers: In the order of the model.
         blocks: In the order in which they were learned; none of a model that was rounded to nearest.
     """
@@ -77,6 +78,7 @@ class Checkpoint:
     images: int | None
     bytes: int
     fingerprint: str
+    statistics: str
     layers: tuple[LayerRow, ...]
     blocks: tuple[BlockRow, ...]
 
@@ -93,7 +95,7 @@ class Checkpoint:
         return cls(
             Path(path).name, _shorten(header["reference"] or Path(path).stem), recipe.partition(",")[0], recipe,
             report.get("method", "rtn"), report.get("calibration", {}).get("images"), Path(path).stat().st_size,
-            header["fingerprint"], rows_of(header),
+            header["fingerprint"], report.get("schedule", {}).get("statistics", "source"), rows_of(header),
             tuple(
                 BlockRow(row["name"], row["before"], row["after"], row.get("steps"), tuple(row.get("curve", ())))
                 for row in report.get("blocks", ())

@@ -1,7 +1,7 @@
 """The figure of reconstruction: how the error of each block fell while it was learned."""
 
 from . import words
-from .canvas import Look, Picture, dress, scale, start
+from .canvas import Look, Picture, dress, explain, scale, start
 from .checkpoints import BlockRow, Checkpoint
 
 _DEPTH = ("#2f7fd0", "#9a58c0", "#d0601f")  # from the first block to the last; 3 : 1 on both papers
@@ -57,7 +57,7 @@ def plot_curves(checkpoints: list[Checkpoint], look: Look):
         scale(axes, "y", [value for value in values if value > 0] or [1.0], lambda value: f"{value:.0%}")
         shown = axes.lines if len(drawn) <= 10 else [axes.lines[0], axes.lines[len(drawn) // 2], axes.lines[-1]]
         columns = 1 if look.narrow or len(shown) < 6 else 2
-        axes.legend(frameon=False, labelcolor=look["ink"], fontsize=7.5, ncols=columns, loc="best", handles=list(shown))
+        explain(axes, look, list(shown), fontsize=7.5, ncols=columns, loc="best")
     for axes in figure.axes[len(checkpoints) :]:
         axes.set_visible(False)
     return figure

@@ -65,7 +65,13 @@ def plot_drift(steps: list[Step], look: Look):
     measured = [(batch, step) for batch, step in zip(batches, steps, strict=True) if step.drift]
     events = _events(zip(batches, steps, strict=True))
     norms, unsure = any(step.drift["norms"] for _, step in measured), [s for s in steps if s.entropy is not None]
-    heights = [0.16 * max(1, len(events)) + 0.1, 2.4, 1.2, *([1.0] if norms else []), *([1.0] if unsure else [])]
+    heights = [
+        0.16 * max(1, len(events)) + 0.1,
+        2.4,
+        1.7 if look.narrow else 1.2,
+        *([1.0] if norms else []),
+        *([1.0] if unsure else []),
+    ]
     figure = start(look, 1.7 + 1.1 * sum(heights))
     strip, above, *curves = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     _draw_events(strip, events, look)
@@ -157,8 +163,8 @@ def _draw_clipping(axes, measured, look):
     axes.plot(batches, mean, color=look["c1"], label="mean of the layers", **style)
     axes.plot(batches, usual, color=look["ink"], linewidth=1.4, linestyle=(0, (4, 2)), label="mean of the reference")
     dress(axes, look, "range: clipped values", "%")
-    axes.set_ylim(0, max(1.0, *worst, *usual) * (1.7 if look.narrow else 1.35) if kept else 1)
-    explain(axes, look, loc="upper left", ncols=2 if look.narrow else 3, borderaxespad=0, columnspacing=1.2)
+    axes.set_ylim(0, max(1.0, *worst, *usual) * (2.2 if look.narrow else 1.35) if kept else 1)
+    explain(axes, look, loc="upper left", ncols=1 if look.narrow else 3, borderaxespad=0, columnspacing=1.2)
 
 
 def _draw_distance(axes, measured, look):

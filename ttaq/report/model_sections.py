@@ -28,7 +28,7 @@ def describe_checkpoints(checkpoints: list[Checkpoint]) -> list[str]:
             worst = min(one.measured, key=lambda entry: entry.sqnr)
             middle = statistics.median(entry.sqnr for entry in one.measured)
             text += f"; SQNR of the median layer {middle:.1f} dB, lowest {worst.sqnr:.1f} dB in {worst.name}"
-        worse = [entry.name for entry in one.blocks if entry.after > entry.before]
+        worse = [entry.name for entry in one.blocks if entry.after > entry.before and one.statistics == "source"]
         text += f"; learning left {', '.join(worse)} with more error than rounding to nearest" if worse else ""
         found.append(text + ".")
     return found
@@ -74,13 +74,18 @@ def curves_section(checkpoints: list[Checkpoint]) -> Section | None:
     for one in with_blocks:
         for place, entry in enumerate(one.blocks):
             ratio = entry.after / entry.before if entry.before else float("nan")
-            change = f"{100 * (ratio - 1):+.0f} %" if ratio == ratio else words.DASH
+            change = words.DASH if ratio != ratio else f"{ratio:.2f}" if ratio < 100 else f"{ratio:,.0f}"
             steps = words.DASH if entry.steps is None else f"{entry.steps:,}"
             drawn = spark(entry.curve, f"curve of {entry.name}") if entry.curve else number(words.DASH)
             cells = [number(steps), number(f"{entry.before:.4g}"), number(f"{entry.after:.4g}"), number(change), drawn]
             new = ' class="new"' if not place and rows else ""
             rows.append(row(title(one), word(entry.name), *cells, kind=new))
-    head = heads(("checkpoint", "block"), ("steps", "before", "after", "change", "while learning"))
+    head = heads(("checkpoint", "block"), ("steps", "before", "after", "after / before", "while learning"))
     about = "Squared distance to the float block's output, mean over all images: rounded to nearest, and decided codes"
+    if any(one.statistics == "batch" for one in with_blocks):
+        about += (
+            ". Blocks with BatchNorm learned under the statistics of each batch and had theirs measured anew afterwards: "
+            "their two errors are those of different statistics"
+        )
     drawn = learned(with_blocks)
     return Section("Reconstruction", body=table(about, head, rows), pictures=(picture_curves(drawn),) if drawn else ())

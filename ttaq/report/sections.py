@@ -36,7 +36,7 @@ def errors_section(results: Results) -> Section:
         f"Error in percent on clean images and mean on the stream; {best}seconds: predicting and adapting, all adapters"
     )
     tables = table(about, *_means(results, lines)) + table(
-        "Error in each domain in percent; the darker, the worse", *_domains(lines), kind="heat"
+        "Error in each domain in percent; the stronger the colour, the more", *_domains(lines), kind="heat"
     )
     return Section("Error along the stream", body=tables, pictures=(picture_errors(results),))
 

@@ -35,7 +35,7 @@ figcaption{color:var(--faint);font-size:.9rem;padding:.6rem .3rem 0;max-width:60
 .scroll{overflow:auto;max-height:34rem;background:var(--paper);border:1px solid var(--grid);border-radius:.8rem;
 margin:0 0 .9rem}
 .scroll:focus-visible,summary:focus-visible{outline:2px solid var(--c1);outline-offset:2px}
-table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
+table{border-collapse:separate;border-spacing:0;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
 .about{color:var(--faint);font-size:.9rem;margin:1.2rem .3rem .4rem}
 thead th{position:sticky;top:0;background:var(--paper);z-index:2}
 tbody th{position:sticky;left:0;background:var(--paper);z-index:1}
@@ -47,7 +47,7 @@ td.wrap{white-space:normal;min-width:16rem;overflow-wrap:anywhere}
 th.n,td.n{text-align:right}
 tr.new th,tr.new td{border-top:2px solid var(--grid)}
 .heat th,.heat td{padding:.36rem .5rem}
-.heat thead th.n{writing-mode:vertical-rl;transform:rotate(180deg);text-align:left;height:9rem;padding:.5rem .3rem}
+.heat thead th.n{writing-mode:vertical-rl;transform:rotate(180deg);text-align:left;height:10.5rem;padding:.5rem .3rem}
 .heat td.n{background:rgba(var(--heat),calc(var(--v)*.6))}
 .spark{width:6rem;height:1.5rem;vertical-align:middle}
 .spark polyline{fill:none;stroke:var(--c1);stroke-width:1.6}

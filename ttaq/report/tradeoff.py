@@ -96,10 +96,12 @@ def plot_tradeoff(points: list[Point], look: Look):
                 getattr(point, cost), point.error, shapes[point.model], color=colour, markerfacecolor=face,
                 markersize=7, markeredgewidth=1.4, zorder=3,
             )  # fmt: skip
-        axes.margins(x=0.16, y=0.12)
-        _draw_front(axes, front_of(known, cost), cost, look)
+        spent = [getattr(point, cost) for point in known]
         dress(axes, look, f"error against {COSTS[cost]}", "mean error, %")
-        scale(axes, "x", [getattr(point, cost) for point in known], _write(cost))
+        scale(axes, "x", spent, _write(cost))
+        _leave_room(axes, min(spent), max(spent))
+        axes.margins(y=0.12)
+        _draw_front(axes, front_of(known, cost), cost, look)
     explain(figure, look, handles, loc="outside lower center", ncols=2 if look.narrow else 5, columnspacing=1.2)
     return figure
 
@@ -116,14 +118,21 @@ def _draw_front(axes, front, cost, look):
         axes.annotate(_label(point), (getattr(point, cost), point.error), **style, **below)
 
 
+def _leave_room(axes, low, high):
+    """Leave room for names left of the points."""
+    if axes.get_xscale() == "log":
+        axes.set_xlim(low * (low / high) ** 0.3, high * (high / low) ** 0.08)
+    else:
+        axes.set_xlim(low - 0.3 * (high - low), high + 0.08 * (high - low))
+
+
 def _apart(axes, front, cost):
     """Choose the points that are named, from the best on: those whose names do not run into each other."""
-    axes.autoscale_view()
-    axes.set_xlim(axes.get_xlim())
+    axes.set_ylim(axes.get_ylim())
     chosen, boxes = [], []
     for point in reversed(front):
         x, y = axes.transAxes.inverted().transform(axes.transData.transform((getattr(point, cost), point.error)))
-        wide = 0.026 * len(_label(point))
+        wide = 0.0175 * len(_label(point))
         clear = all(abs(y - other_y) > 0.07 or x < left or x - wide > right for left, right, other_y in boxes)
         if clear and x > wide:
             chosen.append(point)
