@@ -175,6 +175,7 @@ def as_inline(figure, salt: str, alt: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
     text = text.replace("xlink:href", "href")
+    text = re.sub(r"(?<=base64,)[^\"]*", lambda found: "".join(found[0].split()), text)
     text = re.sub(r'(font: [^"]*?px) [^;"]*', rf"\1 {FAMILY}", text)
     box = re.search(r'viewBox="[^"]*"', text)[0]
     text = re.sub(r"<svg[^>]*>", f'<svg {box} role="img" aria-label="{escape(alt)}">', text, count=1)

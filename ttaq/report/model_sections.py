@@ -84,7 +84,7 @@ def curves_section(checkpoints: list[Checkpoint]) -> Section | None:
     about = "Squared distance to the float block's output, mean over all images: rounded to nearest, and decided codes"
     if any(one.statistics == "batch" for one in with_blocks):
         about += (
-            ". Blocks with BatchNorm learned under the statistics of each batch and had theirs measured anew afterwards: "
+            ". Blocks with BatchNorm learned under the statistics of each batch, and theirs were then measured anew: "
             "their two errors are those of different statistics"
         )
     drawn = learned(with_blocks)
