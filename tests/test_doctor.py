@@ -54,6 +54,7 @@ def test_the_report_fits_and_names_all(columns):
 def test_the_machine_is_described():
     machine = describe_machine()
     assert machine["torch"] == torch.__version__
+    assert ("commit" in machine["ttaq"]) == (Path(__file__).parents[1] / ".git").exists()
     assert machine["threads"].startswith(f"{torch.get_num_threads()} of torch")
     assert (_native.cpu_level() or "never") in machine["native cpu"] or _native.reason("cpu")
 

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import subprocess
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,7 +20,7 @@ def describe_machine() -> dict[str, str]:
     """Say what a run depends on: versions, processor, native libraries, threads, GPUs."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "ttaq": _version("ttaq"),
+        "ttaq": f"{_version('ttaq')}{_commit()}",
         "torch": torch.__version__,
         "triton": _version("triton"),
         "numpy": _version("numpy"),
@@ -84,6 +85,19 @@ def _version(package):
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _commit():
+    """Name the commit of a source tree, and whether it was changed since; nothing where there is no repository."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return ""
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty=, changed since"]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return f", commit {found.stdout.strip()}" if found.returncode == 0 else ""
 
 
 def _processor():

@@ -72,7 +72,7 @@ def plot_drift(steps: list[Step], look: Look):
         *([1.0] if norms else []),
         *([1.0] if unsure else []),
     ]
-    figure = start(look, 1.7 + 1.1 * sum(heights))
+    figure = start(look, max(7.0, 1.7 + 1.1 * sum(heights)))
     strip, above, *curves = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     _draw_events(strip, events, look)
     _draw_layers(figure, above, measured, look)
@@ -134,7 +134,7 @@ def _draw_layers(figure, axes, measured, look):
     half = middles[0] - measured[0][0] if middles else 0.5
     edges = [measured[0][0] - half, *middles, measured[-1][0] + half]
     most = max((value for row in rows for value in row if value == value), default=0.0)
-    stops = [to_rgba("#2f7fd0", 0.0), to_rgba("#2f7fd0"), to_rgba("#e07020")]  # from no ink, on either paper
+    stops = [to_rgba("#2f7fd0", 0.0), "#2f7fd0", "#a04fc4", "#e07020"]  # from no ink, on either paper
     colours = LinearSegmentedColormap.from_list("drift", stops).with_extremes(bad=to_rgba("#808080", 0.25))
     dress(axes, look, "occupancy: values on other codes than the reference")
     axes.grid(visible=False)

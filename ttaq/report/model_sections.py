@@ -60,7 +60,8 @@ def _layer_table(group):
 def _layer_cells(entry):
     if entry is None:
         return [number(words.DASH)] * 3
-    yield number(f"W{entry.weight or 16}A{entry.activation or 16}")
+    widths = [f"{letter}{bits}" for letter, bits in (("W", entry.weight), ("A", entry.activation)) if bits]
+    yield number("".join(widths) or "float")
     yield number(f"{entry.bytes:,}" if entry.bytes else words.DASH)
     yield number(words.percent(entry.sqnr))
 

@@ -58,7 +58,8 @@ dt{color:var(--faint)}dd{margin:0}
 footer{margin-top:3rem;color:var(--faint);font-size:.85rem}
 @media print{body{background:#fff;font-size:11px}main{max-width:none;padding:0}
 .scroll{overflow:visible;max-height:none;border:0}figure,.card{break-inside:avoid}
-h2,h3{break-after:avoid}tr{break-inside:avoid}table{font-size:8px}th,td{padding:.2rem .25rem;white-space:normal}
+h2,h3,.about,section>p{break-after:avoid}tr{break-inside:avoid}
+table{font-size:8px}th,td{padding:.2rem .25rem;white-space:normal}
 .heat thead th.n{white-space:nowrap}
 details::details-content{content-visibility:visible;block-size:auto}
 *{print-color-adjust:exact}}
