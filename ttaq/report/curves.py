@@ -50,7 +50,9 @@ def plot_curves(checkpoints: list[Checkpoint], look: Look):
         for number, row in enumerate(drawn):
             colour = colours(number / max(1, len(drawn) - 1))
             dash = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)))[number % 3]
-            axes.plot(*shares(row), color=colour, linewidth=1.4, linestyle=dash, label=row.name)
+            axes.plot(
+                *shares(row), color=colour, linewidth=1.4 if len(drawn) <= 20 else 0.8, linestyle=dash, label=row.name
+            )
         first = axes.get_subplotspec().is_first_col()
         dress(axes, look, title(one), "error, share of the first" if first else "", along="step")
         axes.xaxis.get_major_locator().set_params(integer=True, nbins=5)

@@ -8,6 +8,8 @@ from .canvas import COLOURS, DASHES, MARKERS, Look, Picture, as_png, dress, expl
 from .findings import headline
 from .results import Line, Results
 
+_MOST = 16  # bars of a panel that get numbers; those of more stand in the table alone
+
 
 def draw(results: Results, *, dark: bool = False) -> bytes:
     """Draw the figure.
@@ -136,8 +138,9 @@ def _draw_means(axes, lines, styles, look, highest):
             colour = look[styles[adapter][0]]
             label = adapter if all(bar.get_label() != adapter for bar in axes.containers) else None
             axes.bar(group + left, line.error(adapter), size * 0.9, align="edge", color=colour, label=label)
-            upright = len(shown) * len(adapters) <= 8
-            _write(axes, group + left + size * 0.45, line.error(adapter), highest, look, upright=upright)
+            bars = len(shown) * len(adapters)
+            if bars <= _MOST:
+                _write(axes, group + left + size * 0.45, line.error(adapter), highest, look, upright=bars <= 8)
             other = nearest[line.bits].error(adapter) if line.bits in nearest else None
             if other is not None and line.method != "rtn":
                 axes.hlines(other, group + left, group + left + size * 0.9, **dashes)

@@ -72,12 +72,12 @@ def findings_section(sentences: list[str]) -> Section | None:
     return Section("What the numbers say", body=items(sentences)) if sentences else None
 
 
-def environment_section(results: Results) -> Section:
+def environment_section(results: Results) -> Section | None:
     """Name the settings, the machine and what took how long."""
     stages = {name: f"{seconds:.1f}" for name, seconds in results.stages.items()}
     parts = {"Settings": results.settings, "Machine": results.machine, "Seconds": stages}
     shown = "".join(f"<div><h3>{name}</h3>{facts(values)}</div>" for name, values in parts.items() if values)
-    return Section("Environment", body=f'<div class="facts">{shown}</div>')
+    return Section("Environment", body=f'<div class="facts">{shown}</div>') if shown else None
 
 
 def _means(results, lines):

@@ -48,5 +48,7 @@ def milliseconds(value: float | None) -> str:
 
 
 def shorten(name: str, longest: int) -> str:
-    """Leave the end of a dotted name that is too long."""
-    return name if len(name) <= longest else f"…{name[1 - longest :]}"
+    """Leave out the middle of a dotted name that is too long: its ends tell layers apart."""
+    if len(name) <= longest:
+        return name
+    return f"{name[: longest // 2]}…{name[-(longest - longest // 2 - 1) :]}"
