@@ -22,6 +22,7 @@ from tiny import calibrated, resnet
 import ttaq
 from ttaq.deployment import Reader, Stop, line, preprocessor, receive, serve, walk
 from ttaq.models import ResNet
+from ttaq.serving import adapt_stream
 
 
 def encoded(seed=0, mode="RGB", side=40, kind="PNG"):
@@ -132,6 +133,15 @@ def test_the_end_may_be_asked_for_while_waiting_and_in_between():
     stop = Stop()
     stop.handle()
     assert serve(adapter, images(), Reader(16), said.append, preprocess=prepare, stop=stop)["predicted"] == 0
+
+
+def test_a_checkpoint_need_not_say_how_images_are_cropped(tmp_path):
+    said = []
+    packed = ttaq.pack(calibrated("resnet", "w4a4"))
+    chosen = {"size": 16, "mean": [0.5] * 3, "std": [0.5] * 3}
+    ttaq.save(packed, tmp_path / "m.safetensors", reference="tiny:resnet", preprocessing=chosen)
+    counts = adapt_stream(tmp_path / "m.safetensors", [("a", GOOD["plain"])], said.append, reference="tiny:resnet")
+    assert counts["predicted"] == sum("image" in one for one in said) == 1
 
 
 def test_what_telemetry_measures_is_written_once_a_measurement_and_is_sound_json():

@@ -41,6 +41,7 @@ def build_vit() -> ViT:
 NETWORKS = {"resnet": build_resnet, "vit": build_vit}
 RATES = {"resnet": 3e-3, "vit": 2e-3}
 EPOCHS = {"resnet": 10, "vit": 30}
+WHOLE = {"size": 32, "crop": 1.0, "interpolation": "bilinear"}
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ class _Demo:
             pack(learned),
             self.out / "checkpoints" / f"{name}-{bits}.safetensors",
             reference=f"ttaq.demo:{NETWORKS[name].__name__}",
-            preprocessing={"size": 32, "mean": list(self.train.mean), "std": list(self.train.std)},
+            preprocessing=WHOLE | {"mean": list(self.train.mean), "std": list(self.train.std)},
             classes=list(self.train.classes),
         )
         with torch.device("meta"):

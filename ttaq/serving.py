@@ -70,8 +70,9 @@ def adapt_stream(
         adapted.resume(state)
     resumed = adapted.images
     to_tensor = preprocessor(chosen["mean"], chosen["std"])
+    read_as = {key: chosen[key] for key in ("crop", "interpolation") if key in chosen}  # save() takes any preprocessing
     counts = serve(
-        adapted, images, Reader(size, chosen["crop"], chosen["interpolation"], most_pixels), emit,
+        adapted, images, Reader(size, **read_as, most_pixels=most_pixels), emit,
         preprocess=lambda pixels: to_tensor(pixels).to(device), classes=classes or header["classes"],
         batch_size=batch_size, save=None if state is None else lambda: adapted.save(state), save_every=save_every,
         stop=stop,

@@ -1,5 +1,7 @@
 """The figure of reconstruction: how the error of each block fell while it was learned."""
 
+import math
+
 from . import words
 from .canvas import Look, Picture, dress, explain, scale, start
 from .checkpoints import BlockRow, Checkpoint
@@ -45,6 +47,7 @@ def plot_curves(checkpoints: list[Checkpoint], look: Look):
     figure = start(look, 2.7 * rows + 0.2)
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
     values = [share for one in checkpoints for row in one.blocks if row.curve for share in shares(row)[1]]
+    values = [value for value in values if 0 < value < math.inf] or [1.0]
     for one, axes in zip(checkpoints, panels, strict=False):
         drawn = [row for row in one.blocks if row.curve]
         for number, row in enumerate(drawn):
@@ -56,13 +59,22 @@ def plot_curves(checkpoints: list[Checkpoint], look: Look):
         first = axes.get_subplotspec().is_first_col()
         dress(axes, look, title(one), "error, share of the first" if first else "", along="step")
         axes.xaxis.get_major_locator().set_params(integer=True, nbins=5)
-        scale(axes, "y", [value for value in values if value > 0] or [1.0], lambda value: f"{value:.0%}")
+        scale(axes, "y", values, lambda value: f"{value:.0%}")
+        _leave_room(axes, min(values), max(values))
         shown = axes.lines if len(drawn) <= 10 else [axes.lines[0], axes.lines[len(drawn) // 2], axes.lines[-1]]
         columns = 1 if look.narrow or len(shown) < 6 else 2
-        explain(axes, look, list(shown), fontsize=7.5, ncols=columns, loc="best")
+        explain(axes, look, list(shown), fontsize=7.5, ncols=columns, loc="lower left", borderaxespad=0)
     for axes in figure.axes[len(checkpoints) :]:
         axes.set_visible(False)
     return figure
+
+
+def _leave_room(axes, low, high):
+    """Leave a third of a panel, below the curves, to their names."""
+    if axes.get_yscale() == "log":
+        axes.set_ylim(low * (low / high) ** 0.6, high * 1.1)
+    else:
+        axes.set_ylim(low - 0.6 * max(high - low, 0.1 * high), 1.03 * high)
 
 
 def title(one: Checkpoint) -> str:

@@ -47,8 +47,10 @@ class Stream:
             raise ValueError(f"report: cannot read {path} ({error.strerror}); give JSON lines of ttaq adapt") from error
         except ValueError as error:
             raise ValueError(f"report: {path} holds no JSON lines ({error}); give the output of ttaq adapt") from error
+        if not rows:
+            raise ValueError(f"report: {path} holds no JSON lines yet; give it once ttaq adapt has answered an image")
         try:
-            return cls._of_history(path, rows) if rows and "returned" in rows[0] else cls._of_lines(path, rows)
+            return cls._of_history(path, rows) if "returned" in rows[0] else cls._of_lines(path, rows)
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(
                 f"report: {path} holds other JSON lines than ttaq adapt and write_history write; give one of theirs"
@@ -67,8 +69,6 @@ class Stream:
     @classmethod
     def _of_lines(cls, path, rows):
         found, sure = cls(Path(path).name), 0.0
-        if not rows:
-            raise ValueError
         for row in rows:
             if "error" in row:
                 found.refused.append((row["image"], row["error"]))

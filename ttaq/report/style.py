@@ -48,7 +48,8 @@ td.wrap{white-space:normal;min-width:16rem;overflow-wrap:anywhere}
 th.n,td.n{text-align:right}
 tr.new th,tr.new td{border-top:2px solid var(--grid)}
 .heat th,.heat td{padding:.36rem .5rem}
-.heat thead th.n{writing-mode:vertical-rl;transform:rotate(180deg);text-align:left;height:10.5rem;padding:.5rem .3rem}
+.heat thead th.n{writing-mode:vertical-rl;transform:rotate(180deg);text-align:left;height:10.5rem;padding:.5rem .3rem;
+border-bottom:0;border-top:1px solid var(--grid)}
 .heat td.n{background:rgba(var(--heat),calc(var(--v)*.6))}
 .spark{width:6rem;height:1.5rem;vertical-align:middle}
 .spark polyline{fill:none;stroke:var(--c1);stroke-width:1.6}
