@@ -85,6 +85,7 @@ def plot_drift(steps: list[Step], look: Look):
         for axes, batch in itertools.product(curves, events.get(kind, ())):
             axes.axvline(batch, color=look[_TINTS[kind]], linewidth=0.9, linestyle=":", alpha=0.8, zorder=0.9)
     curves[-1].set_xlim(batches[0] - 0.5, batches[-1] + 0.5)
+    curves[-1].xaxis.get_major_locator().set_params(integer=True)
     curves[-1].set_xlabel("batch", color=look["faint"], fontsize=9)
     return figure
 
@@ -163,7 +164,7 @@ def _draw_clipping(axes, measured, look):
     axes.plot(batches, mean, color=look["c1"], label="mean of the layers", **style)
     axes.plot(batches, usual, color=look["ink"], linewidth=1.4, linestyle=(0, (4, 2)), label="mean of the reference")
     dress(axes, look, "range: clipped values", "%")
-    axes.set_ylim(0, max(1.0, *worst, *usual) * (2.2 if look.narrow else 1.35) if kept else 1)
+    axes.set_ylim(0, max(0.2, *worst, *usual) * (2.2 if look.narrow else 1.35) if kept else 1)
     explain(axes, look, loc="upper left", ncols=1 if look.narrow else 3, borderaxespad=0, columnspacing=1.2)
 
 
