@@ -12,7 +12,7 @@ from ..deployment import line
 from ..doctor import print_report
 from ..export import export_onnx, export_torch
 from ..files import write_atomically
-from ..report import Results, render
+from ..report import read, render, say, write_figures
 from ..serving import adapted_model
 from ..workbench import open_checkpoint
 from ._root import Anchor, File, Model, Out, Settings, Side, app, print_results
@@ -83,14 +83,28 @@ def export(
 
 @app.command()
 def report(
-    files: Annotated[list[Path], typer.Argument(help="results.json of a demo, or --json files of evaluate.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            help="results.json of a demo, --json files of evaluate, .safetensors checkpoints, .jsonl of adapt."
+        ),
+    ],
     out: Out = Path("index.html"),
+    figures: Annotated[Path | None, typer.Option(help="Folder for each figure as PNG and SVG.")] = None,
 ) -> None:
-    """Render results, of one file or several, into one self-contained page."""
-    results = Results.read(*files)
-    write_atomically(out, render(results))
-    print_results(results)
-    Console(soft_wrap=True, highlight=False).print(f"wrote {out}")
+    """Render results, checkpoints and streams, of one file or several, into one self-contained page."""
+    results, checkpoints, streams = read(*files)
+    write_atomically(out, render(results, checkpoints, streams))
+    if results:
+        print_results(results)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    for sentence in say(None, checkpoints):
+        console.print(f"• {sentence}")
+    for stream in streams:
+        console.print(f"• {stream.name}: {stream.predicted:,} images predicted, {len(stream.refused):,} refused.")
+    console.print(f"wrote {out}, {out.stat().st_size:,} bytes")
+    for path in write_figures(figures, results, checkpoints, streams) if figures else ():
+        console.print(f"wrote {path}")
 
 
 @app.command()
