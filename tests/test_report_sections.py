@@ -1,4 +1,4 @@
-"""The sections of the page: trade-offs, layers, reconstruction, streams; what is drawn is what was measured."""
+"""The sections of the page: trade-offs, layers, reconstruction; what is drawn is what was measured."""
 
 import io
 import json
@@ -9,16 +9,15 @@ import pytest
 import torch
 from PIL import Image
 from test_report import Page, assert_whole, results  # noqa: F401
-from tiny import calibrated, images, resnet, vit
+from test_report_streams import LINES, written
+from tiny import images, resnet, vit
 
 import ttaq
-from ttaq.adaptation import Step, write_history
 from ttaq.evaluation import Result
-from ttaq.report import Results, Stream, draw_drift, read, render, say, write_figures
+from ttaq.report import Results, read, render, say, write_figures
 from ttaq.report.canvas import THEMES, Look
 from ttaq.report.checkpoints import Checkpoint, grouped
 from ttaq.report.curves import learned, plot_curves, shares
-from ttaq.report.drift import plot_drift
 from ttaq.report.layers import SHAPES, plot_layers
 from ttaq.report.model_sections import describe_checkpoints
 from ttaq.report.tradeoff import costs_of, front_of, plot_tradeoff, points_of
@@ -53,38 +52,6 @@ def evaluated():
         row = {"model": "m", "bits": bits, "method": "qdrop", "form": form, "bytes": size, "adapter": adapter}
         made.add(Result({"fog": error}, {"fog": 100}, seconds), clean_error=None, **row)
     return made
-
-
-def adapted(**options):
-    adapter = ttaq.adapt(ttaq.pack(calibrated("resnet", "w4a4")), "tent", **options)
-    for seed in range(6):
-        adapter(images(6, seed=seed) * (1 if seed < 3 else 4))
-    return adapter.history
-
-
-LINES = [
-    {"image": "a.png", "class": "cat", "label": 1, "confidence": 0.9},
-    {"image": "x.txt", "error": "cannot identify image file <_io.BytesIO object at 0x7f01>"},
-    {"image": "y.txt", "error": "cannot identify image file <_io.BytesIO object at 0x8f02>"},
-    {"image": "z.png", "error": "image file is truncated (3 bytes not processed)"},
-    {"image": "b.png", "class": "dog", "label": 0, "confidence": 0.7},
-    {"event": "drift: 1 layers clip more, a 5.0% of its values instead of 1.0%", "batch": 0},
-    {
-        "drift": {
-            "layers": {"a": {"clipped": 0.05, "reference": 0.01, "moved": 0.3}, "b": {"clipped": None}},
-            "norms": {"n": 0.25, "odd": None},
-        },
-        "entropy": 1.5,
-        "batch": 0,
-    },
-    {"image": "c.png", "class": "cat", "label": 1, "confidence": 0.5},
-    {"event": "skipped: NaN in the logits", "batch": 1},
-]
-
-
-def written(path, rows):
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    return path
 
 
 # Costs
@@ -209,64 +176,6 @@ def test_a_checkpoint_alone_makes_a_page(files):
     assert "Nobody measured the SQNR" in page.words
     assert "Reconstruction" not in page.words
     assert "W8A8" in page.cells  # of the first layer
-
-
-# Streams
-
-
-def test_lines_of_adapt_are_counted_and_grouped(tmp_path):
-    stream = Stream.read(written(tmp_path / "said.jsonl", LINES))
-    assert (stream.predicted, len(stream.refused), dict(stream.labels)) == (3, 3, {"cat": 2, "dog": 1})
-    assert stream.confidence == pytest.approx(0.7)
-    assert stream.reasons() == {
-        "cannot identify image file": ["x.txt", "y.txt"],
-        "image file is truncated (N bytes not processed)": ["z.png"],
-    }
-    assert stream.events() == [(0, LINES[5]["event"]), (1, "skipped: NaN in the logits")]
-    first, second = stream.steps
-    assert first.drift == {"layers": {"a": LINES[6]["drift"]["layers"]["a"]}, "norms": {"n": 0.25}}
-    assert (first.entropy, second.skipped, second.drift) == (1.5, True, None)
-    page = assert_whole(render(streams=[stream]).decode())
-    for text in (
-        "Stream: said.jsonl",
-        "z.png: image file is truncated (3 bytes not processed)",
-        "70.0%",
-        "x.txt, y.txt",
-    ):
-        assert text in page.words
-    assert any("a most, for 30% of its values" in attrs.get("aria-label", "") for _, attrs in page.tags)
-
-
-def test_a_history_gives_the_same_figure_as_by_itself(tmp_path):
-    history = adapted(telemetry=1, reference=[images(8)])
-    stream = Stream.read(write_history(history, tmp_path / "h.jsonl"))
-    assert stream.steps == list(history)
-    assert (stream.predicted, stream.refused) == (36, [])
-    figure = plot_drift(stream.steps, DAY)
-    _strip, layers, clipping, norms, entropy, _bar = figure.axes
-    worst = [100 * max(row["clipped"] for row in step.drift["layers"].values()) for step in history]
-    assert list(clipping.lines[0].get_ydata()) == worst
-    assert list(entropy.lines[0].get_ydata()) == [step.entropy for step in history]
-    apart = [sum(step.drift["norms"].values()) / len(step.drift["norms"]) for step in history]
-    assert list(norms.lines[0].get_ydata()) == apart
-    moved = [[row["moved"] for row in step.drift["layers"].values()] for step in history]
-    assert layers.collections[0].get_array().T.tolist() == moved
-    assert draw_drift(tmp_path / "h.jsonl") == draw_drift(stream.steps)
-    assert_whole(render(streams=[stream, stream]).decode())
-
-
-def test_a_stream_without_telemetry_has_counts_and_says_so():
-    stream = Stream.of("camera", [Step(0, 4, None, None, False, None, "logits", 0.1)])
-    page = assert_whole(render(streams=[stream]).decode())
-    assert "4 images predicted, 0 refused. Nobody measured drift: adapt with telemetry." in page.words
-    assert "No events." in page.words
-
-
-@pytest.mark.parametrize("text", ["", "{", "[1]", '{"luck": 1}', '{"image": "a"}', '{"returned": 1}'])
-def test_other_lines_are_refused_in_a_sentence(tmp_path, text):
-    (tmp_path / "a.jsonl").write_text(text)
-    with pytest.raises(ValueError, match=r"^report: .*a.jsonl holds (no|other) JSON lines"):
-        Stream.read(tmp_path / "a.jsonl")
 
 
 # The page and its figures
