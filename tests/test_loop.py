@@ -135,7 +135,7 @@ def test_the_command_line_takes_a_budget_and_a_file_to_resume_from(tmp_path):
     given = ["quantize", "tiny:resnet", "--data", tmp_path / "clean.npz", "--out", tmp_path / "model.safetensors"]
     given += ["--steps", 4, "--images", 16, "--mean", "0.5,0.5,0.4"]
     options = ["--budget", "1min", "--resume", tmp_path / "state.safetensors"]
-    for more, said in ((options, "layers packed"), (["--method", "rtn", *options], "takes no budget, resume")):
+    for more, said in ((options, "layers packed"), (["--method", "rtn", *options], "takes no steps, budget, resume")):
         result = CliRunner().invoke(cli.app, [str(word) for word in (*given, *more)])
         assert said in result.output
     assert (tmp_path / "state.safetensors").exists()
