@@ -196,5 +196,6 @@ def test_an_interrupted_command_ends_with_130(folder):
     time.sleep(0.5)
     child.send_signal(signal.SIGINT)
     _, said = child.communicate(timeout=60)
-    assert child.returncode == 130
+    # Python ends by the signal itself where it came inside an exec(); a shell calls both 130
+    assert child.returncode in (130, -signal.SIGINT), said
     assert said.strip() == "ttaq: interrupted"
