@@ -1,7 +1,8 @@
 """Time an op of ttaq.ops with every implementation that runs on this machine, and say why the others do not.
 
     python examples/profile_kernel.py packed_linear --rows 197 --columns 768
-    python examples/profile_kernel.py fake_quant --device cuda
+
+On a GPU: --device cuda.
 """
 
 import argparse
@@ -16,11 +17,6 @@ from ttaq import ops
 def fake_quant(x, scale, zero):
     """Give the arguments of the raw op, and a call of the typed one: quantise and dequantise, one scale a row."""
     return (x, scale, zero, 0, 15, 0, 0), lambda: ops.fake_quant(x, scale, zero, qmin=0, qmax=15, axis=0)
-
-
-def quantize_codes(x, scale, zero):
-    """The same for 4-bit codes, one a byte."""
-    return (x, scale, zero, 0, 15, 0, 0), lambda: ops.quantize_codes(x, scale, zero, qmax=15, axis=0)[0]
 
 
 def pack_codes(x, scale, zero):
@@ -41,7 +37,7 @@ def packed_linear(x, scale, zero):
     return raw, lambda: ops.packed_linear(codes, words, scales, zeros, bits=4, **grid)[0]
 
 
-OPS = {f.__name__: f for f in (fake_quant, quantize_codes, pack_codes, packed_linear)}
+OPS = {f.__name__: f for f in (fake_quant, pack_codes, packed_linear)}
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("op", nargs="?", choices=OPS, default="fake_quant")
@@ -73,7 +69,8 @@ for line in ttaq.explain(options.op, *raw).splitlines():
         found[name] = taken.blocked_autorange(min_run_time=options.seconds)
     chosen = ", the one that runs unasked" if verdict == "runs" else ""
     bits = "the bits of the reference" if same else "NOT the bits of the reference"
-    print(f"{name:<12}{1e6 * found[name].median:10.1f} us (quartiles {1e6 * found[name].iqr:.1f} apart), {bits}{chosen}")
+    median, spread = 1e6 * found[name].median, 1e6 * found[name].iqr
+    print(f"{name:<12}{median:10.1f} us (quartiles {spread:.1f} apart), {bits}{chosen}")
 fastest = min(found, key=lambda name: found[name].median)
 ratio = found["reference"].median / found[fastest].median
 print(f"{fastest} is the fastest, {ratio:.1f} times as fast as the plain-torch reference")

@@ -26,7 +26,7 @@ def run(script, folder, *options):
 
 def numbers(text, pattern):
     """Return the numbers that follow what `pattern` matches, line by line."""
-    return [float(found.replace(",", "")) for found in re.findall(pattern + r"\D*?([\d,]+\.?\d*)", text)]
+    return [float(found.replace(",", "")) for found in re.findall(pattern + r"\D*?(\d[\d,]*\.?\d*)", text)]
 
 
 def colours(path):
@@ -48,8 +48,10 @@ def test_every_example_is_short_and_stands_in_the_table():
 
 def test_layers_in_a_network_of_ones_own(tmp_path):
     told = run("quant_linear.py", tmp_path, "--out", "net.safetensors")
-    floats, calibrated, trained, packed = numbers(told, r"(?m)^(?:float|w2a4, calibrated|w2a4, 3 epochs trained|packed)")
-    assert floats <= trained == packed < calibrated
+    rows = r"(?m)^(?:float|w2a4, calibrated|w2a4, 3 epochs trained|packed)"
+    floats, calibrated, trained, packed = numbers(told, rows)
+    assert floats < calibrated
+    assert packed == trained < calibrated
     weights, codes = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) bytes of (?:weights|codes)", told))
     assert codes < weights / 14
     assert "logits the same: True" in told
@@ -67,6 +69,7 @@ def test_profiling_times_what_runs_and_says_why_the_rest_does_not(op, tmp_path):
     assert told.count("the bits of the reference") == told.count(" us ")
 
 
+@pytest.mark.slow
 def test_a_vit_is_quantised_within_a_time_and_timed(tmp_path):
     pytest.importorskip("timm")
     options = ("--size", "32", "--count", "16", "--budget", "4s", "--out", "vit.safetensors")
@@ -79,20 +82,12 @@ def test_a_vit_is_quantised_within_a_time_and_timed(tmp_path):
 
 def test_adapting_lowers_errors_and_draws_them(tmp_path):
     told = run("adapt_stream.py", tmp_path, "--out", "pictures", "--images", "50", "--steps", "10", "--epochs", "5")
-    source, norm, tent = numbers(told, r"(?m)^  (?:as it is|batch statistics|Tent)")
-    assert max(norm, tent) < source
-    guarded, bare = numbers(told, r"guard (?:on|off)")
-    assert guarded < bare
+    source, norm, tent, alone, guarded, bare = map(float, re.findall(r"([\d.]+) % error", told))
+    assert max(norm, tent) < source - 10
+    assert guarded < min(alone, bare) - 10
     for name in ("errors.png", "drift.png"):
         assert colours(tmp_path / "pictures" / name) > 100
-    assert (tmp_path / "pictures/history.jsonl").read_text().count("\n") == 15
-
-
-def test_bad_options_end_in_a_sentence(tmp_path):
-    command = [sys.executable, EXAMPLES / "profile_kernel.py", "no_such_op"]
-    done = subprocess.run(command, cwd=tmp_path, env=ALONE, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "invalid choice: 'no_such_op'" in done.stderr
+    assert (tmp_path / "pictures/history.jsonl").read_text().count("\n") == 10
 
 
 def test_the_notebook_runs_in_the_interpreter_of_the_tests(tmp_path, monkeypatch):
