@@ -1,13 +1,13 @@
-"""Quantise a vision transformer of timm within a time, pack it, save it, and time it against the float one.
+r"""Quantise a vision transformer of timm within a time, pack it, save it, and time it against the float one.
 
-    python examples/quantise_vit.py --model vit_small_patch16_224 --weights vit.safetensors --images calibration/
-    python examples/quantise_vit.py --size 64 --budget 30s    # random weights and images: the road, not the accuracy
+    python examples/quantise_vit.py      # random weights and images, 64 x 64: the road, not the accuracy
+    python examples/quantise_vit.py --model vit_small_patch16_224 --weights vit.safetensors --images calibration/ \
+        --count 1024 --budget 30min
 
 Nothing is downloaded: weights are a local state_dict, images are class folders. Needs timm (ttaq[bench]).
 """
 
 import argparse
-import time
 from pathlib import Path
 
 import torch
@@ -23,16 +23,17 @@ parser.add_argument("--model", default="vit_tiny_patch16_224", help="a name of t
 parser.add_argument("--weights", type=Path, help=".safetensors or .pth of a state_dict; default: random")
 parser.add_argument("--images", type=Path, help="class folders of calibration images; default: random ones")
 parser.add_argument("--count", type=int, default=64, help="images to calibrate on; a thousand are better")
-parser.add_argument("--size", type=int, help="side of the images; default: the model's own")
+parser.add_argument("--size", type=int, help="side of the images; default: with weights the model's own")
 parser.add_argument("--bits", default="w4a8", help="of weights and activations")
-parser.add_argument("--budget", default="60s", help="time to quantise in, such as 90s, 5min or 1h")
+parser.add_argument("--budget", default="30s", help="time to quantise in, such as 90s, 5min or 1h")
 parser.add_argument("--out", type=Path, default=Path("vit.safetensors"), help="where the packed model goes")
 options = parser.parse_args()
 
 torch.manual_seed(0)
-reference, sized = f"timm:{options.model}", {"img_size": options.size} if options.size else {}
+side = options.size or (None if options.weights else 64)
+reference, sized = f"timm:{options.model}", {"img_size": side} if side else {}
 model = build_model(reference, options.weights, **sized)  # timm.create_model does as well
-preparation = preprocessing_of(model, reference, size=options.size)
+preparation = preprocessing_of(model, reference, size=side)
 if options.images:
     source = open_data(options.images, preparation)
     chosen = torch.randperm(len(source))[: options.count + 16].numpy()
@@ -41,11 +42,12 @@ else:
     images = torch.randn(options.count + 16, 3, preparation["size"], preparation["size"])
 held, calibration = images[:16], images[16:]
 
-start = time.perf_counter()
 quantised = ttaq.quantize(
     model, calibration.split(16), options.bits, budget=options.budget, safety="auto", progress=False
 )
-print(f"{options.model} at {options.bits}: quantised in {time.perf_counter() - start:.0f} s of {options.budget}")
+spent = quantised.ttaq_report["budget"]
+short = "" if spent["enough"] else ", too few: every block took the fewest steps there are"
+print(f"{options.model} at {options.bits}: quantised in {spent['taken']:.0f} of {spent['seconds']:.0f} s{short}")
 for sentence in decisions(quantised.ttaq_report):
     print(f"  {sentence}")
 
