@@ -17,7 +17,7 @@ import ttaq
 
 ROOT = Path(__file__).parents[1]
 PARTS = ["ttaq", "kernels", "csrc", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"]
-BESIDE = ["tests", "bench", "docs", "examples", "CHANGELOG.md", "CONTRIBUTING.md"]  # in the sdist, in no wheel
+BESIDE = ["tests", "bench", "docs", "examples", "CHANGELOG.md", "CONTRIBUTING.md", "mkdocs.yml"]  # in no wheel
 
 QUANTISE = """
 import torch, ttaq
