@@ -2,17 +2,22 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
+import ttaq
+
 ROOT = Path(__file__).parents[1]
 PARTS = ["ttaq", "kernels", "csrc", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"]
+BESIDE = ["tests", "bench", "docs", "examples", "CHANGELOG.md", "CONTRIBUTING.md", "mkdocs.yml"]  # in no wheel
 
 QUANTISE = """
 import torch, ttaq
@@ -30,15 +35,29 @@ print(ttaq.__file__, _native.cpu_level(), _native.reason("cpu"), sep="|")
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     """A copy of what a wheel is built from, without anything built."""
-    copy = tmp_path_factory.mktemp("tree")
+    return _copy(PARTS, tmp_path_factory.mktemp("tree"))
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """The source distribution of the whole tree."""
+    place = tmp_path_factory.mktemp("sdist")
+    whole = _copy([*PARTS, *BESIDE], tmp_path_factory.mktemp("whole"))
+    done = _setup(whole, "--quiet", "sdist", "--dist-dir", str(place))
+    assert done.returncode == 0, done.stderr
+    [archive] = place.iterdir()
+    return archive
+
+
+def _copy(parts, place):
     built = shutil.ignore_patterns("*.so", "native_build.json", "__pycache__")
-    for part in PARTS:
+    for part in parts:
         source = ROOT / part
         if source.is_dir():
-            shutil.copytree(source, copy / part, ignore=built)
+            shutil.copytree(source, place / part, ignore=built)
         else:
-            shutil.copy(source, copy / part)
-    return copy
+            shutil.copy(source, place / part)
+    return place
 
 
 def _run(command, directory, **environment):
@@ -62,10 +81,19 @@ def _install(tree, place, native):
     return wheel
 
 
+def _ttaq(place, *arguments):
+    """Run the command that was installed in `place`, from a directory that has nothing to do with the tree."""
+    elsewhere = place / "elsewhere"
+    elsewhere.mkdir(exist_ok=True)
+    done = _run([place / "site/bin/ttaq", *arguments], elsewhere, PYTHONPATH=str(place / "site"), COLUMNS="100")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def _quantise(place):
     """Quantise with the package installed in `place`, from a directory that has nothing to do with the tree."""
     elsewhere = place / "elsewhere"
-    elsewhere.mkdir()
+    elsewhere.mkdir(exist_ok=True)
     done = _run([sys.executable, "-c", QUANTISE], elsewhere, PYTHONPATH=str(place / "site"))
     assert done.returncode == 0, done.stderr
     file, level, reason = done.stdout.strip().split("|")
@@ -74,7 +102,10 @@ def _quantise(place):
 
 
 @pytest.mark.slow
-def test_a_wheel_serves_from_another_directory_and_a_build_without_natives_leaves_no_library_behind(tree, tmp_path):
+def test_a_wheel_serves_from_another_directory_and_a_build_without_natives_leaves_no_library_behind(archive, tmp_path):
+    with tarfile.open(archive) as files:  # built from the sdist, so that what it lacks shows
+        files.extractall(tmp_path / "unpacked", filter="data")
+    [tree] = (tmp_path / "unpacked").iterdir()
     for native in ("auto", "0"):  # one after the other in one tree
         (tmp_path / native).mkdir()
     wheel = _install(tree, tmp_path / "auto", "auto")
@@ -82,11 +113,16 @@ def test_a_wheel_serves_from_another_directory_and_a_build_without_natives_leave
     if shutil.which("g++"):
         assert reason == "None"
         assert level in ("base", "v3", "v4")
-        assert wheel.name.startswith("ttaq-")
+        assert wheel.name.startswith(f"ttaq-{ttaq.__version__}-")
         assert "-py3-none-linux_" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
     assert {"ttaq/py.typed", "ttaq/kernels/fake_quant.py", "ttaq/kernels/native_build.json"} <= set(names)
-    assert not [name for name in names if name.startswith(("tests/", "kernels/", "csrc/", "bench/"))]
+    assert not [name for name in names if name.startswith(("kernels/", "csrc/", *(f"{part}/" for part in BESIDE)))]
+    assert _ttaq(tmp_path / "auto", "--version") == f"ttaq {ttaq.__version__}\n"
+    assert "Usage: ttaq demo" in _ttaq(tmp_path / "auto", "demo", "--help")
+    told = _ttaq(tmp_path / "auto", "doctor")
+    assert level is None or f"runs at level {level}" in told
+    assert re.search(rf"^ttaq +{re.escape(ttaq.__version__)} *$", told, re.MULTILINE)
 
     wheel = _install(tree, tmp_path / "0", "0")
     assert wheel.name.endswith("-py3-none-any.whl")
@@ -97,14 +133,24 @@ def test_a_wheel_serves_from_another_directory_and_a_build_without_natives_leave
 
 
 @pytest.mark.slow
-def test_a_source_distribution_holds_the_sources_of_the_libraries(tree, tmp_path):
-    done = _setup(tree, "--quiet", "sdist", "--dist-dir", str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    [archive] = tmp_path.iterdir()
+def test_a_source_distribution_holds_the_sources_of_the_libraries_and_all_that_its_tests_need(archive):
+    assert archive.name == f"ttaq-{ttaq.__version__}.tar.gz"
     with tarfile.open(archive) as files:
         names = {name.partition("/")[2] for name in files.getnames()}
     native = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
     assert native | {"kernels/_native.py", "ttaq/py.typed", "LICENSE"} <= names
+    assert {"tests/conftest.py", "bench/cases.py", "examples/adapting.ipynb", "docs/method.md", "CHANGELOG.md"} <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc", "native_build.json"))]
+
+
+def test_the_version_stands_in_one_place_and_the_changelog_knows_it():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert "version" not in project["project"]
+    assert project["project"]["dynamic"] == ["version"]
+    done = _run([sys.executable, "setup.py", "--version"], ROOT)
+    assert done.stdout.strip() == ttaq.__version__
+    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert headings[0] == ttaq.__version__
 
 
 def test_an_unknown_choice_is_refused(tree):
