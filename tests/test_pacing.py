@@ -129,6 +129,17 @@ def test_bounds(clock):
     assert not pace.short
 
 
+def test_a_budget_that_cannot_do_is_named_before_the_first_block(clock):
+    pace = Pace(Deadline(10), {"a": 0.2, "b": 0.4}, MOST)
+    wanted = rf"^reconstruct: the budget of 10 s is too small for {FEWEST} steps in each of 2 blocks, about 12 s"
+    with pytest.warns(UserWarning, match=wanted):
+        pace.open("reconstruct")
+    assert pace.deadline.missed
+    pace = Pace(Deadline(13), {"a": 0.2, "b": 0.4}, MOST)
+    pace.open("reconstruct")
+    assert not pace.deadline.missed
+
+
 @pytest.mark.parametrize("name", ["resnet", "vit"])
 def test_costs_of_blocks(name):
     model, x = calibrated(name, "w4a4").eval(), input_of(name)
@@ -212,7 +223,8 @@ def test_a_budget_too_small_says_so_once():
         report = ttaq.quantize(vit(), [input_of("vit", 8)], "w4a4", budget=0.01, **QUICK).ttaq_report
     said = [str(w.message) for w in caught if "budget" in str(w.message)]
     assert len(said) == 1
-    assert said[0].startswith(f"reconstruct: the budget of 0.01 s is too small for {FEWEST} steps in each of 4 blocks;")
+    short = f"reconstruct: the budget of 0.01 s is too small for {FEWEST} steps in each of 4 blocks, about "
+    assert said[0].startswith(short)
     assert [row["steps"] for row in report["blocks"]] == [FEWEST] * 4
     assert report["refinement"]["steps"] == FEWEST
     assert report["budget"]["enough"] is False

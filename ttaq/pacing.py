@@ -109,6 +109,14 @@ class Pace:
         self._next = 0.0  # those foreseen for the next block
         self.short = False
 
+    def open(self, verb: str) -> None:
+        """Warn before hours go by if even the fewest steps take longer than there is time."""
+        fewest, count = min(FEWEST, self.most), len(self.costs)
+        needed = fewest * sum(self.costs.values())
+        if needed > self.deadline.left:
+            steps = f"{fewest} steps in each of {count} blocks, about {needed:.3g} s"
+            self.deadline.miss(verb, f'{steps} beside all else; take more time or method="gptq"')
+
     def steps(self, name: str, seconds: float | None = None) -> int:
         """Choose the steps of the next block.
 
