@@ -6,11 +6,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_cli import invoke, tiny
 from test_datasets import noise
 
+import ttaq
 from ttaq.cards import card_path, read_card
+from ttaq.jobs import check, open_job
 
 
 @pytest.fixture(scope="module")
@@ -45,22 +47,41 @@ def test_a_card_says_how_the_checkpoint_was_made(made):
     assert card["bytes"]["float"] == sum(t.nbytes for t in tiny().state_dict().values())
     assert card["steps"]["refinement"] == 2
     assert card["seconds"] > 0
-    assert 0 <= card["agreement_with_float"] <= 100
+    assert card["check"]["images"] == 16
     assert card["machine"]["torch"] == torch.__version__
 
 
-def test_the_agreement_is_that_of_the_predictions(made):
-    import ttaq
-    from ttaq.jobs import agreement, open_job
-
+def test_the_check_is_that_of_the_predictions(made):
     weights = made.with_name("weights.safetensors")
     job = open_job("test_cli:tiny", made.with_name("clean.npz"), weights=weights, images=16, seed=7)
     packed = ttaq.load(made, tiny())
     x = torch.cat(job.batches)
     with torch.no_grad():
-        same = sum((job.model(x).argmax(1) == packed(x).argmax(1)).tolist())
-    assert agreement(job.model, packed, job.batches) == pytest.approx(100 * same / 16)
-    assert read_card(made)["agreement_with_float"] == pytest.approx(100 * same / 16)
+        floats, guesses = job.model(x).argmax(1), packed(x).argmax(1)
+    wanted = {"float_error": floats != job.labels, "error": guesses != job.labels, "agreement": floats == guesses}
+    found = {name: 100 * sum(value.tolist()) / 16 for name, value in wanted.items()}
+    assert read_card(made)["check"] == pytest.approx(found | {"images": 16}, abs=0.01)
+
+
+def test_a_float_model_that_errs_is_named_before_anything_is_learned(made):
+    """Its predictions are made the labels, then wrong ones."""
+    data, weights = made.with_name("labelled.npz"), made.with_name("weights.safetensors")
+    images = np.load(made.with_name("clean.npz"))["images"]
+    np.savez(data, images=images, labels=np.arange(24) % 3)
+    job = open_job("test_cli:tiny", data, weights=weights)
+    with torch.no_grad():
+        right = job.model(torch.cat(job.batches)).argmax(1)
+    for shift, wanted in ((0, 0.0), (1, 100.0)):
+        labels = torch.empty(24, dtype=torch.long)
+        labels[np.random.default_rng(0).permutation(24)] = (right + shift) % 3
+        np.savez(data, images=images, labels=labels.numpy())
+        asked = ["--data", data, "--weights", weights, "--dry-run", "--method", "rtn"]
+        asked += ["--classes", made.with_name("classes.txt")]
+        made.with_name("classes.txt").write_text("a\nb\nc\n")
+        result = invoke("quantize", "test_cli:tiny", *asked)
+        assert f"float error: {wanted:.1f} % on 24 of these images" in result.stdout
+        assert ("the float model errs on 100.0 % of 24 calibration images" in result.stderr) == bool(shift)
+    assert check(open_job("test_cli:tiny", data))["float_error"] >= 0  # random weights are no reason to warn
 
 
 def test_evaluations_are_entered_and_repeated_ones_replaced(made):
@@ -98,3 +119,29 @@ def test_without_a_card_and_without_leave_nothing_is_written(made, tmp_path):
     before = card_path(made).read_text()
     evaluate(made, "--stream", "clean", "--no-card", "--seed", 9)
     assert card_path(made).read_text() == before
+
+
+def test_the_float_model_meets_the_same_streams(made):
+    weights = made.with_name("weights.safetensors")
+    told = ["--adapter", "source,tent", "--stream", "fog", "--images", 8, "--float", weights, "--seed", 3]
+    out = evaluate(made, *told, "--json", made.with_name("both.json")).stdout
+    assert "float source" in out
+    assert "packed tent" in out
+    found = json.loads(made.with_name("both.json").read_text())
+    assert [(row["form"], row["bits"], row["adapter"]) for row in found["rows"]] == [
+        (form, bits, adapter)
+        for form, bits in (("float", "float"), ("packed", "w4a4"))
+        for adapter in ("source", "tent")
+    ]
+    model = tiny()
+    model.load_state_dict(load_file(weights))
+    images = ttaq.streams.load_npz(made.with_name("clean.npz"))
+    stream = ttaq.continual(images, corruptions=("fog",), images=8, batch_size=64, seed=3)
+    wanted = ttaq.evaluate(ttaq.adapt(model.eval(), "tent"), stream)
+    assert found["errors"][1] == {"fog": round(wanted.errors["fog"], 3)}
+    assert found["rows"][0]["bytes"] == sum(t.nbytes for t in model.state_dict().values())
+    entered = [e for e in read_card(made)["evaluations"] if e["seed"] == 3]
+    assert [(e["form"], e["adapter"]) for e in entered] == [
+        ("float", "source"), ("float", "tent"), ("packed", "source"), ("packed", "tent")
+    ]  # fmt: skip
+    assert "measured: float, " in invoke("inspect", made).stdout

@@ -222,3 +222,20 @@ def test_equal_runs_give_equal_contents(tmp_path):
     assert one.stat().st_size == other.stat().st_size
     with safe_open(one, "pt") as first, safe_open(other, "pt") as second:
         assert first.metadata() == second.metadata()  # the checksum over every tensor among them
+
+
+def test_what_a_file_says_of_its_images_goes_on_with_what_was_loaded(tmp_path):
+    """Through adaptation too: an adapted model saved again is evaluated on images prepared as before."""
+    x = torch.randn(8, 3, 32, 32)
+    model = ttaq.models.ResNet(depth=8, width=4)
+    packed = ttaq.pack(ttaq.quantize(model, [x], "w4a4", method="rtn", progress=False))
+    said = {"reference": "ttaq.models:ResNet", "preprocessing": {"size": 32, "mean": [0.5] * 3, "std": [0.25] * 3}}
+    ttaq.save(packed, tmp_path / "one.safetensors", **said, classes=["a", "b"])
+    with torch.device("meta"):
+        architecture = ttaq.models.ResNet(depth=8, width=4)
+    adapter = ttaq.adapt(ttaq.load(tmp_path / "one.safetensors", architecture), "tent")
+    adapter(x)
+    ttaq.save(adapter.export(), tmp_path / "two.safetensors", classes=["c", "d"])
+    header = checkpoint.read_header(tmp_path / "two.safetensors")
+    assert {name: header[name] for name in said} == said
+    assert header["classes"] == ["c", "d"]

@@ -125,7 +125,9 @@ def test_evaluate_takes_every_order_and_writes_csv(folder, tmp_path):
     images = ttaq.streams.load_npz(folder / "clean.npz", mean=(0.5, 0.5, 0.4))
     wanted = ttaq.evaluate(ttaq.adapt(model, "tent"), ttaq.mixed(images, images=4, batch_size=64, seed=2))
     assert {row["domain"]: float(row["error"]) for row in rows} == {k: round(v, 3) for k, v in wanted.errors.items()}
-    note = f"• tent: calibration error {wanted.ece:.1f} %, 1.00 forward and 1.00 backward passes an image"
+    note = (
+        f"• tent: expected calibration error (ECE) {wanted.ece:.1f} %, 1.00 forward and 1.00 backward passes an image"
+    )
     assert note in " ".join(result.stdout.split())
 
 

@@ -1,5 +1,6 @@
 """The command line around its commands: configuration files, plans, completion, exit codes."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -193,9 +194,13 @@ def test_an_interrupted_command_ends_with_130(folder):
     for line in child.stderr:  # it warns of few images when it has begun
         if "are few" in line:
             break
-    time.sleep(0.5)
-    child.send_signal(signal.SIGINT)
-    _, said = child.communicate(timeout=60)
+    for _ in range(20):  # one that comes within a destructor is lost, as always in Python
+        time.sleep(0.5)
+        child.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(5)
+            break
+    said = child.communicate(timeout=60)[1]
     # Python ends by the signal itself where it came inside an exec(); a shell calls both 130
     assert child.returncode in (130, -signal.SIGINT), said
-    assert said.strip() == "ttaq: interrupted"
+    assert "ttaq: interrupted" in said

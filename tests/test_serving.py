@@ -1,5 +1,7 @@
 """What `ttaq adapt` saved becomes a plain model again, and goes out of the door by `ttaq export --state`."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +54,12 @@ def test_the_command_writes_the_adapted_model(folder, stream, tmp_path):  # noqa
         x = noise(2, 32, 32, seed=3).astype(np.float32).transpose(0, 3, 1, 2) / 255
         logits.append(session.run(None, {session.get_inputs()[0].name: x})[0])
     assert np.abs(logits[0] - logits[1]).max() > 1e-3
+    held = session.get_modelmeta().custom_metadata_map
+    assert json.loads(held["ttaq.preprocessing"])["mean"] == [0.5, 0.5, 0.4]
+    assert json.loads(held["ttaq.classes"]) == ["0", "1", "2"]
+    assert json.loads(held["ttaq.reference"]) == "test_cli:tiny"
+    assert json.loads(held["ttaq.recipe"]).startswith("w4a4")
+    assert [value.shape[0] for value in (*session.get_inputs(), *session.get_outputs())] == ["batch", "batch"]
 
 
 def test_a_file_that_is_no_state_is_refused(folder, tmp_path):  # noqa: F811

@@ -138,7 +138,9 @@ def test_weights_that_do_not_fit(tmp_path):
         ValueError, match=r"0 tensors missing, 1 too many, module.extra among them; check the reference"
     ):
         build_model(OWN, write(tmp_path / "more.pth", more), **SIZES)
-    with pytest.raises(ValueError, match=r"linear.weight in .* has shape \(5, 16\), the model wants \(6, 16\); check"):
+    with pytest.raises(
+        ValueError, match=r"linear.weight in .* has shape \(5, 16\), the model wants \(6, 16\); pass --num-classes 5"
+    ):
         build_model(OWN, write(tmp_path / "shape.pth", state), **SIZES | {"classes": 6})
 
 

@@ -48,7 +48,7 @@ def write_card(
         "calibration": {"data": data, "images": report["calibration"]["images"]},
         "bytes": {"file": report["file_bytes"], "float": report["float_bytes"]},
         "seconds": round(seconds, 3),
-        "agreement_with_float": report["agreement"] and round(report["agreement"], 2),
+        "check": report["check"] and {key: round(value, 2) for key, value in report["check"].items()},
         "machine": describe_machine(),
         "evaluations": [],
     }
@@ -83,7 +83,7 @@ def add_evaluation(checkpoint: str | os.PathLike, results: Results) -> Path | No
     if card is None:
         return None
     for row, errors in zip(results.rows, results.errors, strict=True):
-        entry = {"adapter": row["adapter"], **results.settings}
+        entry = {"form": row["form"], "adapter": row["adapter"], **results.settings}
         kept = [old for old in card["evaluations"] if any(old.get(key) != value for key, value in entry.items())]
         measured = {key: row[key] for key in ("clean_error", "mean_error", "seconds")}
         card["evaluations"] = [*kept, entry | measured | {"errors": errors, "machine": results.machine}]

@@ -39,8 +39,10 @@ def save(
         model: A packed model; quantised layers that still hold float weights are refused.
         path: The file.
         reference: How the float architecture is built, such as "timm:vit_base_patch16_224".
-        preprocessing: Plain values, such as mean, std and size of the images.
+        preprocessing: Plain values: size, crop, interpolation, mean and std of the images.
         classes: Their names, in the order of the logits.
+
+    The last three a model that `load` gave, or what was adapted from it, brings along in `ttaq_origin`.
 
     Returns:
         The path.
@@ -54,12 +56,12 @@ def save(
     layers = {name: _describe(name, m) for name, m in model.named_modules() if isinstance(m, _KINDS)}
     if not any(isinstance(m, (PackedLinear, PackedConv2d)) for m in model.modules()):
         raise ValueError("save: the model holds no packed layer; call ttaq.pack on the quantised model first")
+    given = {"reference": reference, "preprocessing": preprocessing and dict(preprocessing), "classes": classes}
+    origin = getattr(model, "ttaq_origin", {}) | {name: value for name, value in given.items() if value is not None}
     header = {
         "format": FORMAT,
         "fingerprint": report.get("fingerprint") or fingerprint(model),
-        "reference": reference,
-        "preprocessing": dict(preprocessing) if preprocessing else None,
-        "classes": classes,
+        **dict.fromkeys(given) | origin,
         "layers": layers,
         "attention": [name for name, m in model.named_modules() if isinstance(m, OPENED)],
         "report": _timeless(report),
@@ -107,6 +109,7 @@ def load(path: str | os.PathLike, model: nn.Module, *, device: str | torch.devic
         if hasattr(module, "nonfinite"):
             module.nonfinite = torch.zeros((), dtype=torch.int64, device=device)
     packed.ttaq_report = header["report"]
+    packed.ttaq_origin = {name: header[name] for name in ("reference", "preprocessing", "classes")}
     return packed.eval()
 
 

@@ -1,5 +1,6 @@
 """export_onnx and export_torch: a quantised model as a file that other runtimes read."""
 
+import json
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -12,6 +13,7 @@ from .files import write_atomically
 from .onnx_layers import LAYERS, Codes, codes_of, quantizers_of, twin_of
 from .packed_layers import PackedConv2d, PackedLinear
 from .quantizers import ActivationQuantizer
+from .spec import Recipe
 from .surgery import copy_model, replace
 
 TARGETS = ("onnx", "tensorrt")
@@ -76,6 +78,7 @@ def export_onnx(
         stored[name] = _kinds(part)
     program = _traced("export_onnx", twin.eval(), images.cpu().float(), batch)
     graph, folded, kept = _translated(program, opset, fold, centred)
+    graph.model.metadata_props.update(_described(model))
     path = write_atomically(path, lambda temporary: graph.save(temporary))
     said = {"path": str(path), "bytes": path.stat().st_size, "opset": opset, "target": target}
     return said | {"layers": stored, "folded": folded, "kept": kept}
@@ -116,6 +119,13 @@ def _check(model, images, target, opset, batch):
         raise ValueError(f"export: opset must be {OPSETS[0]} to {OPSETS[-1]}, got {opset!r}; use {NARROW_FROM}")
     if batch is not None and (not isinstance(batch, int) or batch < 1):
         raise ValueError(f"export: batch must be a number of images from 1, got {batch!r}; use None to leave it free")
+
+
+def _described(model) -> dict[str, str]:
+    """Give the file what the checkpoint says of itself, as JSON: preprocessing, classes, reference; and the recipe."""
+    recipe = getattr(model, "ttaq_report", {}).get("recipe")
+    found = getattr(model, "ttaq_origin", {}) | {"recipe": recipe and str(Recipe.from_json(recipe))}
+    return {f"ttaq.{name}": json.dumps(value) for name, value in found.items() if value is not None}
 
 
 def _import_onnx():
@@ -221,4 +231,5 @@ def _translated(program, opset, fold, centred):
     onnx_graph.forget(graph.model)
     if len(graph.model.graph.outputs) == 1:
         graph.model.graph.outputs[0].name = "logits"
+    onnx_graph.name_batch(graph.model)
     return graph, folded, kept

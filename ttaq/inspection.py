@@ -74,9 +74,10 @@ def inspect(path: str | Path) -> Inspection:
 def _from_card(card: dict) -> dict[str, str]:
     """Give what the card beside a checkpoint says of how it was made."""
     facts = {"made": f"in {card['seconds']:,.1f} s, seed {card['seed']}, by ttaq {card['machine']['ttaq']}"}
-    if card["agreement_with_float"] is not None:
-        facts["agreement"] = (
-            f"predicts as the float model on {card['agreement_with_float']:.1f} % of calibration images"
+    if found := card["check"]:
+        facts["check"] = (
+            f"{found['error']:.1f} % error on {found['images']:.0f} calibration images, {found['float_error']:.1f} % "
+            f"in float, the same prediction on {found['agreement']:.1f} %"
         )
     return facts
 
@@ -84,7 +85,8 @@ def _from_card(card: dict) -> dict[str, str]:
 def _measured(entry: dict) -> str:
     """Say what one evaluation in a card found."""
     stream = entry["stream"] if entry["stream"] == "clean" else f"{entry['stream']}, severity {entry['severity']}"
-    return f"measured: {entry['mean_error']:.1f} % error with {entry['adapter']} on {entry['data']} ({stream})"
+    form = "" if entry["form"] == "packed" else f"{entry['form']}, "
+    return f"measured: {form}{entry['mean_error']:.1f} % error with {entry['adapter']} on {entry['data']} ({stream})"
 
 
 def tabulate_layers(found: Inspection, columns: int = 100) -> Table:

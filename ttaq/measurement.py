@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
 
 from .adaptation import METHODS, adapt, options_of
 from .distributed import Team
@@ -12,6 +15,7 @@ from .report import Results
 from .sources import make_stream, open_data
 from .spec import Recipe
 from .workbench import anchor_of, check_outputs, open_checkpoint
+from .zoo import build_model
 
 
 def evaluate_file(
@@ -29,6 +33,7 @@ def evaluate_file(
     classes: list[str] | None = None,
     seed: int = 0,
     device: str = "cpu",
+    floats: str | Path | None = None,
     track: Callable[[str, int], Callable[[int], object]] | None = None,
     team: Team | None = None,
 ) -> Results:
@@ -50,11 +55,12 @@ def evaluate_file(
         classes: Class folders in the order of the logits, in place of the checkpoint's.
         seed: Of the choice and order of images and of the corruptions.
         device: Where to work.
+        floats: File of the float model's weights: it meets the same streams, and its rows come first.
         track: Called with a name and the number of images, returns what is called with each batch's number.
         team: Processes that take the adapters in turn, or the batches if none adapts; each gets all results.
 
     Returns:
-        Results of a row for each adapter.
+        Results of a row for each adapter, and before them of the float model where its weights are given.
 
     Raises:
         ValueError: The checkpoint or the images do not serve, or the adapter needs an anchor.
@@ -67,38 +73,53 @@ def evaluate_file(
     check_outputs(model, first.images[:1].to(device), batches.domains[0][1], data, named=classes is not None)
     names = _adapters(adapter)
     side = chosen | {"size": first.images.shape[-1]}
-    held = {
-        name: anchor_of(name, model, anchor if _takes(name, names, "anchor") else None, side, seed, device)
-        for name in names
-    }
-    found = {}
-    dealt = team if names != ["source"] else None
-    for name in _share(names, dealt):
+    forms = _forms(path, model, header, reference, floats, device)
+
+    def options(form, name):
+        given = anchor if _takes(name, names, "anchor") else None
         rate = {} if lr is None or not _takes(name, names, "lr") else {"lr": lr}
-        adapted = adapt(model, name, **rate, **held[name])
-        progress = track and partial(track, f"{reference}, {name}")
-        found[name] = _measure(adapted, batches, device, progress, None if dealt else team)
+        return rate | anchor_of(name, forms[form].model, given, side, seed, device)
+
+    found = {}
+    dealt = team if names != ["source"] or len(forms) > 1 else None
+    for form, name in _share([(form, name) for form in forms for name in names], dealt):
+        adapted = adapt(forms[form].model, name, **options(form, name))
+        progress = track and partial(track, f"{reference}, {form}, {name}")
+        found[form, name] = _measure(adapted, batches, device, progress, None if dealt else team)
     if dealt:
-        found = {name: result for part in team.share(found) for name, result in part.items()}
-    results = Results(f"{Path(path).name} on {Path(data).name}", machine=describe_machine())
-    results.settings = {
-        "data": str(data), "stream": stream, "severity": severity, "images": max(found[names[0]].images.values()),
-        "batch_size": batch_size, "seed": seed, "device": device,
-    }  # fmt: skip
-    results.settings |= {} if anchor is None else {"anchor": str(anchor)}
-    for name in names:
-        results.notes.append(_describe(name, found[name]))
-        results.add(
-            found[name],
-            model=reference,
-            bits=str(Recipe.from_json(header["report"]["recipe"])).partition(",")[0],
-            method=header["report"]["method"],
-            form="packed",
-            adapter=name,
-            clean_error=found[name].mean_error if stream == "clean" else None,
-            bytes=Path(path).stat().st_size,
-        )
+        found = {key: result for part in team.share(found) for key, result in part.items()}
+    most = max(next(iter(found.values())).images.values())
+    settings = {"data": str(data), "stream": stream, "severity": severity, "images": most}
+    settings |= {"batch_size": batch_size, "seed": seed, "device": device}
+    settings |= {} if anchor is None else {"anchor": str(anchor)}
+    results = Results(f"{Path(path).name} on {Path(data).name}", settings, describe_machine())
+    for form, name in ((form, name) for form in forms for name in names):
+        result, one = found[form, name], forms[form]
+        results.notes.append(_describe(name if len(forms) == 1 else f"{form}, {name}", result))
+        values = {"model": reference, "bits": one.bits, "method": one.method, "form": form, "adapter": name}
+        clean = result.mean_error if stream == "clean" else None
+        results.add(result, clean_error=clean, bytes=one.bytes, **values)
     return results
+
+
+class _Form(NamedTuple):
+    """A form of the model, and what its rows say of it."""
+
+    model: nn.Module
+    bits: str
+    method: str
+    bytes: int
+
+
+def _forms(path, model, header, reference, floats, device) -> dict[str, _Form]:
+    """Give the packed model, and before it the float one where there are weights."""
+    recipe = str(Recipe.from_json(header["report"]["recipe"])).partition(",")[0]
+    packed = _Form(model, recipe, header["report"]["method"], Path(path).stat().st_size)
+    if floats is None:
+        return {"packed": packed}
+    whole = build_model(reference, floats, **header["report"].get("options", {})).to(device)
+    size = sum(t.nbytes for t in (*whole.parameters(), *whole.buffers()))
+    return {"float": _Form(whole, "float", "none", size), "packed": packed}
 
 
 def _adapters(text: str) -> list[str]:
@@ -114,9 +135,9 @@ def _takes(name, names, option):
     return len(names) == 1 or option in options_of(METHODS[name])
 
 
-def _share(names: list[str], team: Team | None) -> list[str]:
-    """Deal the adapters out: each goes through the whole stream, one image after the other, in one process."""
-    return names[team.rank :: team.size] if team else names
+def _share(pairs: list, team: Team | None) -> list:
+    """Deal models and adapters out: each goes through the whole stream, one image after the other, in one process."""
+    return pairs[team.rank :: team.size] if team else pairs
 
 
 def _measure(adapted, batches, device, track, team) -> Result:
@@ -127,5 +148,5 @@ def _measure(adapted, batches, device, track, team) -> Result:
 
 def _describe(adapter: str, result: Result) -> str:
     """Say what an evaluation found besides errors."""
-    sure = "" if result.ece is None else f"calibration error {result.ece:.1f} %, "
+    sure = "" if result.ece is None else f"expected calibration error (ECE) {result.ece:.1f} %, "
     return f"{adapter}: {sure}{result.forwards:.2f} forward and {result.backwards:.2f} backward passes an image"

@@ -27,6 +27,18 @@ def narrow(model) -> None:
             node.outputs[0].dtype = node.inputs[2].dtype
 
 
+def name_batch(model) -> None:
+    """Call the free first axis of inputs and outputs "batch", wherever the graph speaks of it."""
+    import onnx_ir as ir
+
+    free = {str(value.shape[0].value) for value in model.graph.inputs if isinstance(value.shape[0], ir.SymbolicDim)}
+    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
+    for value in values:
+        for axis, size in enumerate(value.shape or ()):
+            if isinstance(size, ir.SymbolicDim) and str(size.value) in free:
+                value.shape[axis] = ir.SymbolicDim("batch")
+
+
 def fold(model, centred: bool) -> tuple[int, dict[str, str]]:
     """Fold each BatchNorm that follows a convolution of stored integers and nothing else reads.
 

@@ -10,12 +10,13 @@ from rich.table import Table
 
 from .blocks import block_input, find_blocks
 from .cards import card_path
-from .jobs import Job
+from .jobs import Job, check
 from .layers import QuantMatMul
 from .pacing import seconds_of
 from .pipeline import METHODS, SPLIT
 from .preparation import prepare
 from .schedules import Schedule
+from .sources import describe_preprocessing
 from .spec import Recipe
 
 _MIB = 2**20
@@ -73,6 +74,8 @@ def plan(job: Job, out: str | Path, recipe: str | Recipe, *, method: str, steps=
         "model": f"{job.reference}, {job.float_bytes / _MIB:.1f} MiB in float"
         + ("" if job.weights else ", random weights"),
         "images": f"{job.images} of the {job.available} in {job.data}, {'x'.join(map(str, image.shape[2:]))}",
+        "prepared": describe_preprocessing(job.preprocessing),
+        "float error": _checked(check(job)),
         "recipe": str(recipe),
         "method": f"{method}: {METHODS[method]}",
         **_work(method, steps, budget, len(blocks)),
@@ -97,6 +100,10 @@ def tabulate_plan(found: Plan, columns: int = 100) -> Table:
         more = ([str(layers)], [f"{held / _MIB:.1f}"]) if wide else ([], [])
         table.add_row(name, *more[0], widths, f"{weights:,}", *more[1])
     return table
+
+
+def _checked(found):
+    return f"{found['float_error']:.1f} % on {found['images']} of these images"
 
 
 def _work(method, steps, budget, blocks):

@@ -26,14 +26,22 @@ _LAYOUTS = (
 
 
 def preprocessing_of(
-    model: nn.Module, reference: str, *, size=None, mean=None, std=None, processor: Mapping | object | None = None
+    model: nn.Module,
+    reference: str,
+    *,
+    size=None,
+    crop=None,
+    mean=None,
+    std=None,
+    processor: Mapping | object | None = None,
 ) -> dict:
     """Say how images are prepared: as timm's configuration or torchvision's weights say, else as most models.
 
     Args:
         model: Built by `reference`.
         reference: Of the form that `build_model` takes.
-        size: Goes before what the configuration says, as do mean and std.
+        size: Goes before what the configuration says, as do crop, mean and std.
+        crop: Share of the shorter side that is cut out.
         mean: Of each channel.
         std: Of each channel.
         processor: An image processor of transformers, or its `to_dict()`; goes before the model's own configuration.
@@ -52,9 +60,17 @@ def preprocessing_of(
         found = _of_timm(model)
     elif source == "torchvision":
         found |= _of_torchvision(model, name)
-    given = {"size": size, "mean": mean, "std": std}
+    given = {"size": size, "crop": crop, "mean": mean, "std": std}
     found |= {name: value for name, value in given.items() if value}
     return found | {"mean": list(found["mean"]), "std": list(found["std"])}
+
+
+def describe_preprocessing(chosen: Mapping) -> str:
+    """Say in a few words how images are prepared; `chosen` as `preprocessing_of` gives it."""
+    side = chosen["size"] and f"{chosen['size']}x{chosen['size']}"
+    cut = f"crop {chosen['crop']:.3g} ({chosen['interpolation']})" if chosen.get("crop") else None
+    moments = [f"{name} {'/'.join(f'{one:.3g}' for one in chosen[name])}" for name in ("mean", "std")]
+    return ", ".join(filter(None, [side, cut, *moments]))
 
 
 def _of_timm(model):

@@ -1,5 +1,6 @@
 """What every command on a checkpoint or a user's model needs: open it, trust it, try it on an image."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from torch import nn
 
 from .adaptation import METHODS, options_of
 from .checkpoint import load, read_header
-from .sources import open_data, preprocessing_of
+from .sources import describe_preprocessing, open_data, preprocessing_of
 from .streams import Images
 from .zoo import build_model
 
@@ -40,7 +41,14 @@ def open_checkpoint(
     with torch.device("meta"):
         architecture = build_model(reference, **({} if width is None else {"num_classes": int(width)}))
     model = load(path, architecture, device=device)
-    return model, header, reference, header["preprocessing"] or preprocessing_of(model, reference)
+    chosen = preprocessing_of(model, reference)
+    if header["preprocessing"] is None:
+        warnings.warn(
+            f"{path} does not say how its images are prepared, so {describe_preprocessing(chosen)} is assumed; save it "
+            "with preprocessing=",
+            stacklevel=2,
+        )
+    return model, header, reference, chosen | (header["preprocessing"] or {})
 
 
 def anchor_of(adapter: str, model: nn.Module, path, preprocessing: dict, seed: int, device: str) -> dict:

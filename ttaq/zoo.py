@@ -70,10 +70,10 @@ def _load_weights(model, path):
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for name, tensor in state.items():
         if name in shapes and tensor.shape != shapes[name]:
-            raise ValueError(
-                f"weights: {name} in {path} has shape {tuple(tensor.shape)}, the model wants {tuple(shapes[name])}; "
-                "check the reference and its options"
-            )
+            head = name in list(shapes)[-2:] and tensor.shape[1:] == shapes[name][1:]
+            remedy = f"pass --num-classes {len(tensor)}" if head else "check the reference and its options"
+            got, wanted = tuple(tensor.shape), tuple(shapes[name])
+            raise ValueError(f"weights: {name} in {path} has shape {got}, the model wants {wanted}; {remedy}")
     # num_batches_tracked counts training steps, and files written elsewhere may lack it
     missing, unexpected = model.load_state_dict(state, strict=False)
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]

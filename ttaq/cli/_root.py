@@ -158,8 +158,8 @@ def triple(name: str, text: str | None) -> tuple[float, ...] | None:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
         values = ()
-    if len(values) != 3:
-        raise ValueError(f"--{name}: wanted three numbers such as 0.485,0.456,0.406, got {text!r}")
+    if len(values) != 3 or not all(0 <= value <= 1 for value in values):
+        raise ValueError(f"--{name}: wanted three numbers in 0..1 such as 0.485,0.456,0.406, got {text!r}")
     return values
 
 

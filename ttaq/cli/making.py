@@ -12,6 +12,7 @@ from ..distributed import join
 from ..jobs import carry_out, open_job
 from ..pipeline import decisions
 from ..plans import plan, tabulate_plan
+from ..sources import describe_preprocessing
 from ..spec import Recipe
 from ._root import (
     Classes,
@@ -80,6 +81,13 @@ def quantize(
     size: Annotated[
         int | None, typer.Option(min=1, help="Side; default: the model's own.", rich_help_panel=_IMAGES)
     ] = None,
+    crop: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1, max=1, help="Share of the shorter side that is cut out; default: the model's own.",
+            rich_help_panel=_IMAGES,
+        ),
+    ] = None,
     mean: Triple = None,
     std: Triple = None,
     classes: Classes = None,
@@ -133,7 +141,7 @@ def quantize(
     with join(device) as team:
         job = open_job(
             model, data, weights=weights, low_memory=low_memory, num_classes=num_classes, images=images, size=size,
-            mean=triple("mean", mean), std=triple("std", std), classes=names(classes), seed=seed,
+            crop=crop, mean=triple("mean", mean), std=triple("std", std), classes=names(classes), seed=seed,
             device=str(team.device) if team else device,
         )  # fmt: skip
         if dry_run:
@@ -174,8 +182,12 @@ def _print_report(job, out, bits, method, report) -> None:
         f"{report['calibration']['images']} images"
     )
     console.print(f"{out}: {report['file_bytes']:,} bytes, {share:.3f} of {report['float_bytes']:,} in float")
-    if report["agreement"] is not None:
-        console.print(f"it predicts as the float model on {report['agreement']:.1f} % of the calibration images")
+    console.print(f"images: {describe_preprocessing(job.preprocessing)}")
+    if found := report["check"]:
+        console.print(
+            f"on {found['images']} calibration images: {found['error']:.1f} % error, {found['float_error']:.1f} % in "
+            f"float; the same prediction on {found['agreement']:.1f} %"
+        )
     for decision in decisions(report):
         console.print(decision)
     for name, reason in report["left_out"].items():

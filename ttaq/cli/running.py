@@ -49,6 +49,9 @@ def evaluate(
     lr: Annotated[float | None, typer.Option(help="Of what learns with one; default: its own.")] = None,
     anchor: Anchor = None,
     model: Model = None,
+    floats: Annotated[
+        Path | None, typer.Option("--float", help="Weights of the float model, to be measured on the same streams.")
+    ] = None,
     classes: Classes = None,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -70,6 +73,7 @@ def evaluate(
             file, data, adapter=adapter, stream=stream, severity=severity, images=images, batch_size=batch_size,
             lr=lr, anchor=anchor, reference=model, classes=names(classes), seed=seed,
             device=str(team.device) if team else device, track=track, team=team,
+            floats=floats,
         )  # fmt: skip
     if team and not team.leads:
         return
@@ -87,6 +91,8 @@ def _print_domains(results) -> None:
     """Print the error of each domain, a column an adapter."""
     console = Console(highlight=False, soft_wrap=True)
     adapters = [row["adapter"] for row in results.rows]
+    if len({row["form"] for row in results.rows}) > 1:
+        adapters = [f"{row['form']} {row['adapter']}" for row in results.rows]
     if len(adapters) > 1:
         console.print(" " * 20 + "".join(f"{name:>12}" for name in adapters))
     for name in results.errors[0]:
