@@ -103,6 +103,37 @@ def walk(folder: Path) -> Iterator[tuple[str, Path]]:
         yield str(path.relative_to(folder)), path
 
 
+def answered(path: Path) -> set[str]:
+    """Return the names of the images that the JSON lines in a file answer, by predictions or refusals.
+
+    A last line that was cut off, as by a full disk, is taken out of the file: its image is answered anew.
+
+    Args:
+        path: What `ttaq adapt --out` wrote; a file that is not there answers none.
+
+    Raises:
+        ValueError: The file holds something else.
+    """
+    names: set[str] = set()
+    if not path.exists():
+        return names
+    with open(path, "r+b") as file:
+        whole = 0
+        for number, text in enumerate(file, 1):
+            if not text.endswith(b"\n"):
+                file.truncate(whole)
+                break
+            whole += len(text)
+            try:
+                found = json.loads(text)
+                names.update({found["image"]} if "image" in found else ())
+            except (ValueError, TypeError) as error:
+                raise ValueError(
+                    f"adapt: line {number} of {path} is none that ttaq adapt writes; give --out the file of this stream"
+                ) from error
+    return names
+
+
 def receive(stream: BinaryIO) -> Iterator[tuple[str, Path | bytes]]:
     """Give names and images as they come through a pipe: a tar archive, or paths, one a line.
 
