@@ -6,7 +6,9 @@ import pytest
 from doc_blocks import run_ttaq
 from test_cli import refused
 from test_deployment import GOOD, checkpoint
+from tiny import resnet
 
+import ttaq
 from ttaq.cli._wording import as_options
 from ttaq.deployment import answered
 from ttaq.report import Stream
@@ -83,7 +85,7 @@ def test_wrong_calls_are_refused_before_anything_is_written(adapt, camera, tmp_p
     assert sentence in adapt(tmp_path / "none", "--out", out, code=2)
     assert "0.png is a file; give a folder of images" in adapt(camera / "0.png", "--out", out, code=2)
     assert not out.exists()
-    for text in (b"hello\n", b"[1]\n3\n", b'{"image": ["a"]}\n'):
+    for text in (b"hello\n", b"[1]\n3\n", b'{"image": ["a"]}\n', b"my notes"):
         out.write_bytes(text)
         assert "said.jsonl is none that ttaq adapt writes" in adapt(camera, "--out", out, "--skip-done", code=2)
         assert out.read_bytes() == text
@@ -101,6 +103,17 @@ def test_a_state_of_other_telemetry_and_bank_says_which(adapt, camera, tmp_path)
     adapt(camera, *state)
     assert "adapt with --telemetry 3 and --bank 5" in adapt(camera, *state[:2], code=2)
     adapt(camera, *state)
+
+
+def test_a_state_that_does_not_tell_its_telemetry_is_told_that_of_the_command():
+    state = ttaq.adapt(resnet(), "norm", telemetry=2).state_dict()
+    adapter = ttaq.adapt(resnet(), "norm")
+    with pytest.raises(ValueError, match="this Adapter guard; adapt with telemetry=2 and bank=0"):
+        adapter.load_state_dict(state)
+    del state["parts"]["telemetry"]["every"]  # as before it was written
+    with pytest.raises(ValueError, match="this Adapter guard; adapt with telemetry=10 and bank=0"):
+        adapter.load_state_dict(state)
+    ttaq.adapt(resnet(), "norm", telemetry=3).load_state_dict(state)
 
 
 def test_names_that_are_nearly_right_are_suggested(model, camera, tmp_path):
