@@ -91,7 +91,7 @@ def test_an_adapter_with_a_bank_resumes_bit_for_bit_and_says_what_it_met(method,
     assert any("one returns" in event for event in said)
     one.reset()
     assert one.bank.entries == []
-    with pytest.raises(ValueError, match="give adapt\\(\\) the same telemetry and bank"):
+    with pytest.raises(ValueError, match="this Adapter guard; adapt with telemetry=0 and bank=4"):
         adapt(cnn(), method).load_state_dict(two.state_dict())
 
 

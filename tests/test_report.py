@@ -126,6 +126,38 @@ def test_findings_tell_gains_and_losses(results):
     assert "No gain from tent on cnn" not in text
 
 
+def measured(stream, rows, size=60_000):
+    made = Results(stream, {"stream": stream}, notes=["tent: a note"])
+    for adapter, error in rows.items():
+        row = {"model": "m", "bits": "w4a4", "method": "ttaq", "form": "packed", "bytes": size}
+        clean = error if stream == "clean" else None
+        made.add(Result({stream: error}, {stream: 8}), clean_error=clean, adapter=adapter, **row)
+    return made
+
+
+@pytest.mark.parametrize("order", [("clean", "fog"), ("fog", "clean")])
+def test_errors_on_clean_images_fill_the_rows_of_a_stream(tmp_path, order):
+    measured("clean", {"source": 3.0, "tent": 2.5, "norm": 2.0}).write(tmp_path / "clean.json")
+    measured("fog", {"source": 9.0, "tent": 8.0, "sar": 7.0}).write(tmp_path / "fog.json")
+    found = Results.read(*(tmp_path / f"{name}.json" for name in order))
+    assert [(row["adapter"], row["clean_error"], row["mean_error"]) for row in found.rows] == [
+        ("source", 3.0, 9.0), ("tent", 2.5, 8.0), ("sar", None, 7.0), ("norm", 2.0, 2.0),
+    ]  # fmt: skip
+    assert [len(part) for part in (found.errors, found.images)] == [4, 4]
+    assert (found.title, found.settings) == ("fog", {"stream": "fog | clean"})
+    assert found.notes == ["tent: a note", "clean images, tent: a note"]
+    assert "3.0" in Page(render(found).decode()).cells
+
+
+def test_errors_on_clean_images_of_another_file_or_measured_twice_are_refused(tmp_path):
+    measured("fog", {"source": 9.0}).write(tmp_path / "fog.json")
+    measured("clean", {"source": 3.0}).write(tmp_path / "clean.json")
+    measured("clean", {"source": 3.0}, size=1).write(tmp_path / "other.json")
+    for names in (("fog", "other"), ("clean", "fog", "clean"), ("clean", "clean")):
+        with pytest.raises(ValueError, match="two files hold the row m w4a4 ttaq packed source; give one of them"):
+            Results.read(*(tmp_path / f"{name}.json" for name in names))
+
+
 def test_reconstruction_that_did_harm_is_said():
     made = Results("t")
     for method, error in (("rtn", 10.0), ("qdrop", 12.0)):

@@ -97,6 +97,14 @@ def test_a_stream_without_telemetry_has_counts_and_says_so():
     assert "No events." in page.words
 
 
+def test_images_that_were_answered_again_are_told_from_the_answers(tmp_path):
+    stream = Stream.read(written(tmp_path / "said.jsonl", [*LINES, LINES[0], LINES[1]]))
+    assert stream.count() == "4 predictions and 4 refusals of 6 different images"
+    page = assert_whole(render(streams=[stream]).decode())
+    assert page.words.count(f"{stream.count()}.") == 1
+    assert "said.jsonl: predictions and 4 refusals of 6 different images" in page.words
+
+
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"luck": 1}', '{"image": "a"}', '{"returned": 1}'])
 def test_other_lines_are_refused_in_a_sentence(tmp_path, text):
     (tmp_path / "a.jsonl").write_text(text)

@@ -50,6 +50,7 @@ def test_the_command_writes_the_adapted_model(folder, stream, tmp_path):  # noqa
         out = tmp_path / f"{name}.onnx"
         result = invoke("export", path, "--out", out, "--size", 32, *extra, *more)
         assert result.exit_code == 0, result.output
+        assert ("with the statistics of BatchNorm as the adapter used them last" in result.stderr) == bool(more)
         session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
         x = noise(2, 32, 32, seed=3).astype(np.float32).transpose(0, 3, 1, 2) / 255
         logits.append(session.run(None, {session.get_inputs()[0].name: x})[0])

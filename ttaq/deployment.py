@@ -26,6 +26,7 @@ from .streams.datasets import fit_image
 T = TypeVar("T")
 
 MOST_PIXELS = 1 << 26  # of one image: what is larger is refused by name before it is decoded
+_BEGINNINGS = (b'{"image": ', b'{"event": ', b'{"drift": ')  # of the lines that `serve` emits
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, MemoryError)
 
 
@@ -101,6 +102,37 @@ def walk(folder: Path) -> Iterator[tuple[str, Path]]:
     """Give the name and path of every file below a folder, sorted."""
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         yield str(path.relative_to(folder)), path
+
+
+def answered(path: Path) -> set[str]:
+    """Return the names of the images that the JSON lines in a file answer, by predictions or refusals.
+
+    A last line that was cut off, as by a full disk, is taken out of the file: its image is answered anew.
+
+    Args:
+        path: What `ttaq adapt --out` wrote; a file that is not there answers none.
+
+    Raises:
+        ValueError: The file holds something else.
+    """
+    names: set[str] = set()
+    if not path.exists():
+        return names
+    with open(path, "r+b") as file:
+        whole = 0
+        for number, text in enumerate(file, 1):
+            if not text.endswith(b"\n") and any(text.startswith(b) or b.startswith(text) for b in _BEGINNINGS):
+                file.truncate(whole)
+                break
+            whole += len(text)
+            try:
+                found = json.loads(text)
+                names.update({found["image"]} if "image" in found else ())
+            except (ValueError, TypeError) as error:
+                raise ValueError(
+                    f"adapt: line {number} of {path} is none that ttaq adapt writes; give --out the file of this stream"
+                ) from error
+    return names
 
 
 def receive(stream: BinaryIO) -> Iterator[tuple[str, Path | bytes]]:

@@ -105,10 +105,11 @@ class DomainBank:
         self.count, self.usual = 0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of the domains and of where the stream is."""
+        """Return a copy of the domains and of where the stream is; the capacity is told, not taken up."""
         signature = None if self.signature is None else self.signature.clone()
         entries = [_copy(entry) for entry in self.entries]
-        return {"entries": entries, "signature": signature, "count": self.count, "usual": self.usual}
+        where = {"signature": signature, "count": self.count, "usual": self.usual}
+        return {"capacity": self.capacity, "entries": entries, **where}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` returned."""

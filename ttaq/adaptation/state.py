@@ -35,8 +35,16 @@ def check_state(state: dict[str, Any], name: str, live: dict[str, torch.Tensor],
     if set(parts) != state["parts"].keys():
         raise ValueError(
             f"Adapter.load_state_dict: the state has {', '.join(state['parts'])}, this Adapter "
-            f"{', '.join(parts)}; give adapt() the same telemetry and bank"
+            f"{', '.join(parts)}; adapt with {_arguments(state['parts'])}"
         )
+
+
+def _arguments(parts: dict[str, Any]) -> str:
+    """Write the arguments of `adapt` that make the parts of a state; states of before do not hold the numbers."""
+    telemetry, bank = (parts.get(name) for name in ("telemetry", "bank"))
+    every = 0 if telemetry is None else telemetry.get("every", 10)  # what `ttaq adapt` gives unless told otherwise
+    domains = 0 if bank is None else bank.get("capacity", max(32, len(bank["entries"])))
+    return f"telemetry={every} and bank={domains}"
 
 
 def write_state(state: dict[str, Any], path: str | os.PathLike) -> Path:

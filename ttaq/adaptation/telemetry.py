@@ -95,9 +95,10 @@ class Telemetry:
             self.taken, self.settled = 0, False
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of the reference and of where the stream is."""
+        """Return a copy of the reference and of where the stream is; `every` is told, not taken up."""
         reference = {name: (clipped, counts.clone()) for name, (clipped, counts) in self.reference.items()}
-        return {"batches": self.batches, "taken": self.taken, "settled": self.settled, "reference": reference}
+        where = {"batches": self.batches, "taken": self.taken, "settled": self.settled}
+        return {"every": self.every, **where, "reference": reference}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` returned."""

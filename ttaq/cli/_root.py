@@ -15,6 +15,7 @@ from ..report import Results, find, tabulate
 from ..streams import CORRUPTIONS, STREAMS
 from ..workbench import ANCHORED
 from ._settings import configure
+from ._wording import as_options, suggest
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a fault that ttaq did not foresee, with its traceback; 2 a call or an input that is "
@@ -33,7 +34,7 @@ class _Sentences(TyperGroup):
             try:
                 return super().invoke(ctx)
             except (ValueError, OSError, ImportError) as error:
-                say(str(error))
+                say(as_options(str(error)))
                 raise typer.Exit(2) from error
             except KeyboardInterrupt as error:
                 say("interrupted")
@@ -51,7 +52,7 @@ def say(sentence: str) -> None:
 def _warn(message, category, filename, lineno, file=None, line=None):
     """Show a warning of ours as a sentence, without the line of code that it comes from."""
     if category is UserWarning:
-        say(f"warning: {message}")
+        say(f"warning: {as_options(str(message))}")
     else:
         say(warnings.formatwarning(message, category, filename, lineno, line).strip())
 
@@ -104,13 +105,19 @@ Method = Annotated[
     typer.Option(
         help="ttaq, pem, pcr, qdrop, gptq (seconds a block) or rtn (round to nearest).",
         autocompletion=_complete(*LEARNING),
+        callback=suggest(LEARNING),
     ),
 ]
-Adapter = Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.", autocompletion=_complete(*METHODS))]
+Adapter = Annotated[
+    str,
+    typer.Option(help=f"{', '.join(METHODS)}.", autocompletion=_complete(*METHODS), callback=suggest(METHODS)),
+]
 Adapters = Annotated[
     str,
     typer.Option(
-        help=f"One, or several with commas between: {', '.join(METHODS)}.", autocompletion=_complete(*METHODS)
+        help=f"One, or several with commas between: {', '.join(METHODS)}.",
+        autocompletion=_complete(*METHODS),
+        callback=suggest(METHODS),
     ),
 ]
 Anchor = Annotated[

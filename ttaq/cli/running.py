@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from ..cards import add_evaluation
 from ..demo import make_bars
-from ..deployment import MOST_PIXELS, Stop, line, receive, walk
+from ..deployment import MOST_PIXELS, Stop, answered, line, receive, walk
 from ..distributed import join
 from ..measurement import evaluate_file
 from ..serving import adapt_stream
@@ -118,7 +119,12 @@ def adapt(
         Path | None,
         typer.Option(help="Of the adapter: read if it exists, written now and then and at the end."),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON lines; default: standard output.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="JSON lines are appended here; default: standard output.")
+    ] = None,
+    skip_done: Annotated[
+        bool, typer.Option("--skip-done", help="Leave out the images, by name, that --out answers already.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images that adapt at once.")] = 32,
     save_every: Annotated[int, typer.Option(min=1, help="Batches from one state to the next.")] = 50,
     telemetry: Annotated[int, typer.Option(min=0, help="Batches from one measurement of drift to the next.")] = 10,
@@ -136,7 +142,8 @@ def adapt(
     stop = Stop()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop.handle)
-    images = receive(sys.stdin.buffer) if source == "-" else walk(Path(source))
+    left = Counter()
+    images = _leave_out(_open_source(source), _done(out, skip_done), left)
     with open(out, "a", encoding="utf-8") if out else nullcontext(sys.stdout) as target:
         counts = adapt_stream(
             file, images, lambda found: print(line(found), file=target, flush=True), adapter=adapter, state=state,
@@ -145,4 +152,35 @@ def adapt(
         )  # fmt: skip
     ended = ", stopped by a signal" if stop.asked else ""
     before = f", after {counts['resumed']} before" if counts["resumed"] else ""
-    typer.echo(f"{counts['predicted']} images predicted{before}, {counts['refused']} refused{ended}", err=True)
+    skipped = f", {left.total()} left out as answered before" if skip_done else ""
+    typer.echo(f"{counts['predicted']} images predicted{before}, {counts['refused']} refused{skipped}{ended}", err=True)
+
+
+def _open_source(source: str):
+    """Return the names and images of standard input or of a folder, of which it is said if it is empty."""
+    if source == "-":
+        return receive(sys.stdin.buffer)
+    folder = Path(source)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "is not there"
+        raise ValueError(f"adapt: {source} {what}; give a folder of images, or - for paths on standard input")
+    if not any(path.is_file() for path in folder.rglob("*")):
+        say(f"warning: adapt: the folder {source} holds no file, so there is nothing to predict")
+    return walk(folder)
+
+
+def _done(out: Path | None, skip_done: bool) -> set[str]:
+    if not skip_done:
+        return set()
+    if out is None:
+        raise ValueError("adapt: --skip-done reads the file of --out, and none was given; pass --out FILE with it")
+    return answered(out)
+
+
+def _leave_out(images, done: set[str], left: Counter):
+    """Give the images whose names are not among those that are done, and count the others."""
+    for name, item in images:
+        if name in done:
+            left["images"] += 1
+        else:
+            yield name, item

@@ -6,6 +6,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import inspection
 from ..deployment import line
@@ -79,6 +80,17 @@ def export(
         for name, reason in said["kept"].items():
             typer.echo(f"not folded: {name}: {reason}", err=True)
     typer.echo(f"wrote {out}, {out.stat().st_size:,} bytes; {file} has {file.stat().st_size:,}")
+    if state is not None:
+        typer.echo(_adapted_note(packed, file), err=True)
+
+
+def _adapted_note(model: torch.nn.Module, file: Path) -> str:
+    """Say what a model that adapted, and adapts no more, holds and does not."""
+    norms = any(isinstance(layer, _BatchNorm) for layer in model.modules())
+    frozen = "with the statistics of BatchNorm as the adapter used them last, " if norms else ""
+    return (
+        f"note: it is the model as adapted, {frozen}and adapts no more; on images of other domains {file} may be better"
+    )
 
 
 @app.command()
@@ -101,7 +113,7 @@ def report(
     for sentence in say(None, checkpoints):
         console.print(f"• {sentence}")
     for stream in streams:
-        console.print(f"• {stream.name}: {stream.predicted:,} images predicted, {len(stream.refused):,} refused.")
+        console.print(f"• {stream.name}: {stream.count()}.")
     console.print(f"wrote {out}, {out.stat().st_size:,} bytes")
     for path in write_figures(figures, results, checkpoints, streams) if figures else ():
         console.print(f"wrote {path}")

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from ..evaluation import Result, as_csv
@@ -125,11 +125,16 @@ class Results:
     def read(cls, *paths: str | os.PathLike) -> "Results":
         """Read one file that `write` wrote, or several into one.
 
+        A row of the stream "clean" gives its error to the same row of another stream, which has none on clean images
+        yet, and is no row of its own then.
+
         Raises:
             ValueError: A file is missing or of another kind, or two hold the same row.
         """
-        first, *others = [_read(Path(path)) for path in paths]
+        first, *others = sorted([_read(Path(path)) for path in paths], key=_is_clean)
         for other in others:
+            if _is_clean(other) and not _is_clean(first):
+                other = first._take_clean(other)
             first._refuse_repeated(other.rows)
             first.rows += other.rows
             first.errors += other.errors
@@ -141,11 +146,28 @@ class Results:
             first.notes += [note for note in other.notes if note not in first.notes]
         return first
 
+    def _take_clean(self, other: "Results") -> "Results":
+        """Fill in the clean errors that another run measured of the same files; return what is left of it."""
+        left = replace(other, rows=[], errors=[], images=[], notes=[f"clean images, {note}" for note in other.notes])
+        for row, errors, images in zip(other.rows, other.errors, other.images, strict=True):
+            same = [own for own in self.rows if all(row[key] == own[key] for key in (*KEYS[:5], "bytes"))]
+            if same and same[0]["clean_error"] is None:
+                same[0]["clean_error"] = row["mean_error"]
+            else:
+                left.rows.append(row)
+                left.errors.append(errors)
+                left.images.append(images)
+        return left
+
     def _refuse_repeated(self, rows):
         for row in rows:
             if any(all(row[key] == own[key] for key in KEYS[:5]) for own in self.rows):
                 what = " ".join(row[key] for key in KEYS[:5])
                 raise ValueError(f"report: two files hold the row {what}; give one of them")
+
+
+def _is_clean(results: Results) -> bool:
+    return results.settings.get("stream") == "clean"
 
 
 def _joined(one: dict, other: dict) -> dict:

@@ -13,8 +13,8 @@ def stream_cards(streams: list[Stream]) -> list[str]:
     """Count what each stream brought."""
     found = []
     for one in streams:
-        refused = f", {len(one.refused):,} refused" if one.refused else ""
-        found.append(card(f"{one.predicted:,}", f"{one.name}: images predicted{refused}"))
+        count, _, rest = one.count().removesuffix(", 0 refused").partition(" ")
+        found.append(card(count, f"{one.name}: {rest}"))
     return found
 
 
@@ -25,7 +25,7 @@ def stream_sections(streams: list[Stream]) -> list[Section]:
 
 def _section(one: Stream, name: str) -> Section:
     sure = "" if one.confidence is None else f" Mean confidence of the predictions: {one.confidence:.1%}."
-    lead = f"{one.predicted:,} images predicted, {len(one.refused):,} refused.{sure}"
+    lead = f"{one.count()}.{sure}"
     if not one.measured:
         lead += " Nobody measured drift: adapt with telemetry."
     pictures = (picture_drift(name, one.steps),) if one.measured else ()

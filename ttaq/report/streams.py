@@ -21,10 +21,11 @@ class Stream:
     Args:
         name: Of the file, or what the stream is called.
         steps: Of the batches about which something is known, in order.
-        predicted: How many images got a prediction.
+        predicted: How many predictions there are.
         refused: Images that got none, with the reason, in order.
         labels: How often each class was predicted.
         confidence: Mean over the predictions; None where nobody wrote it down.
+        images: How many different names of images were answered; None where nobody wrote names down.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Stream:
     refused: list[tuple[str, str]] = field(default_factory=list)
     labels: Counter = field(default_factory=Counter)
     confidence: float | None = None
+    images: int | None = None
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> "Stream":
@@ -69,6 +71,7 @@ class Stream:
     @classmethod
     def _of_lines(cls, path, rows):
         found, sure = cls(Path(path).name), 0.0
+        found.images = len({row["image"] for row in rows if "image" in row})
         for row in rows:
             if "error" in row:
                 found.refused.append((row["image"], row["error"]))
@@ -93,6 +96,13 @@ class Stream:
         else:
             values["events"] = (*held.events, row["event"])
         self.steps.append(Step(**values))
+
+    def count(self) -> str:
+        """Say how many images were predicted and refused; where some were answered again, of how many answers."""
+        refused = len(self.refused)
+        if self.images is None or self.images == self.predicted + refused:
+            return f"{self.predicted:,} images predicted, {refused:,} refused"
+        return f"{self.predicted:,} predictions and {refused:,} refusals of {self.images:,} different images"
 
     @property
     def measured(self) -> bool:
