@@ -239,7 +239,7 @@ def test_the_command_writes_a_file_for_each_target(folder, tmp_path):  # noqa: F
     assert session(tmp_path / "m.onnx").run(None, {"images": x})[0].shape == (3, 3)
     tensorrt = "--target", "tensorrt"
     sentence = refused("export", file, "--model", "test_cli:tiny", "--size", 32, "--out", tmp_path / "t", *tensorrt)
-    assert "symmetric=True" in sentence
+    assert "quantise with --bits w8a8 --symmetric" in sentence
     assert "target must be" in refused("export", file, "--size", 32, "--model", "test_cli:tiny", "--target", "coreml")
     torch_file = tmp_path / "m.pt2"
     done = invoke("export", file, "--size", 32, "--model", "test_cli:tiny", "--out", torch_file, "--target", "torch")
