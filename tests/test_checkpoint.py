@@ -239,3 +239,14 @@ def test_what_a_file_says_of_its_images_goes_on_with_what_was_loaded(tmp_path):
     header = checkpoint.read_header(tmp_path / "two.safetensors")
     assert {name: header[name] for name in said} == said
     assert header["classes"] == ["c", "d"]
+
+
+def test_equal_runs_give_equal_files(tmp_path):
+    """However long blocks and the refinement took."""
+    model = ttaq.quantize(ResNet(depth=8, width=4), [images(4)], "w4a4", steps=2, progress=False)
+    packed = ttaq.pack(model)
+    held = ttaq.save(packed, tmp_path / "one.safetensors").read_bytes()
+    packed.ttaq_report["refinement"]["seconds"] = 1234.5678
+    packed.ttaq_report["blocks"][0]["seconds"] = 1234.5678
+    assert ttaq.save(packed, tmp_path / "two.safetensors").read_bytes() == held
+    assert packed.ttaq_report["refinement"]["seconds"] == 1234.5678

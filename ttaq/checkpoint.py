@@ -157,10 +157,17 @@ def _opened(path, device="cpu"):
 
 
 def _timeless(report):
-    """Leave out how long each block took, so that equal runs give equal contents."""
-    if "blocks" not in report:
-        return report
-    return report | {"blocks": [{k: v for k, v in row.items() if k != "seconds"} for row in report["blocks"]]}
+    """Leave out how long blocks and the refinement took, so that equal runs give equal contents."""
+    found = dict(report)
+    if "blocks" in found:
+        found["blocks"] = [_without_seconds(row) for row in found["blocks"]]
+    if "refinement" in found:
+        found["refinement"] = _without_seconds(found["refinement"])
+    return found
+
+
+def _without_seconds(row):
+    return {key: value for key, value in row.items() if key != "seconds"}
 
 
 def _describe(name, module):
