@@ -22,9 +22,9 @@ h3{font-size:1rem;margin:1.6rem 0 .5rem}
 .brand{margin:0;color:var(--c1);font-weight:700;letter-spacing:.06em}
 .lead{margin:0;max-width:44rem;color:var(--faint);font-size:1.08rem}
 section>p,dd,li{max-width:60rem;overflow-wrap:anywhere}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(11.5rem,1fr));gap:.9rem;margin-top:1.6rem}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(12rem,1fr));gap:.9rem;margin-top:1.6rem}
 .card{background:var(--paper);border:1px solid var(--grid);border-radius:.8rem;padding:1rem 1.1rem}
-.card b{display:block;font-size:1.45rem;white-space:nowrap;line-height:1.2;letter-spacing:-.02em;
+.card b{display:block;font-size:1.25rem;white-space:nowrap;line-height:1.2;letter-spacing:-.02em;
 font-variant-numeric:tabular-nums}
 .card span{color:var(--faint);font-size:.9rem;overflow-wrap:anywhere}
 ul{padding-left:1.2rem;max-width:56rem}li{margin:.35rem 0}
