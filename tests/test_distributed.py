@@ -186,7 +186,7 @@ def test_a_lost_process_ends_the_job_in_a_sentence_and_it_goes_on(tmp_path):
     (status, _, errors), (other, _, _) = finish(processes)
     assert time.perf_counter() - killed < 10
     assert other == -signal.SIGKILL
-    assert status == 1
+    assert status == 1, errors
     assert errors.startswith("ttaq: distributed: rank 0 of 2 lost another process (")
     assert errors.strip().endswith("start the job again, and with resume= it goes on from the last block that is done")
     assert len(errors.strip().splitlines()) == 1
