@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from test_cli import invoke, tiny
+from safetensors.torch import load_file
+from test_cli import invoke, tiny, write_inputs
 from test_datasets import noise
 
 import ttaq
@@ -19,9 +19,7 @@ from ttaq.jobs import check, open_job
 def made(tmp_path_factory):
     """Give a checkpoint with its card, and the images beside it."""
     root = tmp_path_factory.mktemp("cards")
-    np.savez(root / "clean.npz", images=noise(24, seed=5), labels=np.arange(24) % 3)
-    torch.manual_seed(0)
-    save_file(tiny().state_dict(), root / "weights.safetensors")
+    write_inputs(root)
     args = ["--data", root / "clean.npz", "--weights", root / "weights.safetensors", "--images", 16, "--steps", 4]
     result = invoke("quantize", "test_cli:tiny", *args, "--seed", 7, "--out", root / "model.safetensors")
     assert result.exit_code == 0, result.output
@@ -88,7 +86,13 @@ def test_evaluations_are_entered_and_repeated_ones_replaced(made):
     evaluate(made, "--adapter", "norm,tent", "--stream", "fog,contrast", "--images", 8)
     evaluate(made, "--stream", "clean")
     evaluate(made, "--adapter", "tent", "--stream", "fog,contrast", "--images", 8)
+    evaluate(made, "--adapter", "tent", "--stream", "fog,contrast", "--images", 8, "--lr", 0.01)
+    slower = read_card(made)["evaluations"][-1]
+    assert (slower["adapter"], slower["lr"]) == ("tent", 0.01)
+    evaluate(made, "--adapter", "tent", "--stream", "fog,contrast", "--images", 8)  # with another rate, not replaced
     card = read_card(made)
+    assert slower in card["evaluations"]
+    card["evaluations"].remove(slower)
     assert [entry["adapter"] for entry in card["evaluations"]] == ["norm", "source", "tent"]
     last = card["evaluations"][-1]
     assert last["errors"].keys() == {"fog", "contrast"}

@@ -60,13 +60,18 @@ def refused(*args):
     return sentence
 
 
+def write_inputs(root):
+    """Write clean.npz, 24 images of three classes, and weights.safetensors for `tiny`."""
+    np.savez(root / "clean.npz", images=noise(24, seed=5), labels=np.arange(24) % 3)
+    torch.manual_seed(0)
+    save_file(tiny().state_dict(), root / "weights.safetensors")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Give a folder of data sets and a quantised checkpoint."""
     root = tmp_path_factory.mktemp("cli")
-    np.savez(root / "clean.npz", images=noise(24, seed=5), labels=np.arange(24) % 3)
-    torch.manual_seed(0)
-    save_file(tiny().state_dict(), root / "weights.safetensors")
+    write_inputs(root)
     result = quantize(root, root / "model.safetensors")
     assert result.exit_code == 0, result.output
     return root

@@ -6,12 +6,9 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
-from test_cli import invoke, refused, runner, tiny
-from test_datasets import noise
+from test_cli import invoke, refused, runner, tiny, write_inputs
 
 import ttaq
 from ttaq import cli
@@ -22,9 +19,7 @@ from ttaq.checkpoint import read_header
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("settings")
-    np.savez(root / "clean.npz", images=noise(24, seed=5), labels=np.arange(24) % 3)
-    torch.manual_seed(0)
-    save_file(tiny().state_dict(), root / "weights.safetensors")
+    write_inputs(root)
     return root
 
 

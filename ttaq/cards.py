@@ -84,9 +84,10 @@ def add_evaluation(checkpoint: str | os.PathLike, results: Results) -> Path | No
         return None
     for row, errors in zip(results.rows, results.errors, strict=True):
         entry = {"form": row["form"], "adapter": row["adapter"], **results.settings}
-        kept = [old for old in card["evaluations"] if any(old.get(key) != value for key, value in entry.items())]
         measured = {key: row[key] for key in ("clean_error", "mean_error", "seconds")}
-        card["evaluations"] = [*kept, entry | measured | {"errors": errors, "machine": results.machine}]
+        measured |= {"errors": errors, "machine": results.machine}
+        kept = [old for old in card["evaluations"] if {k: v for k, v in old.items() if k not in measured} != entry]
+        card["evaluations"] = [*kept, entry | measured]
     return _write(card_path(checkpoint), card)
 
 

@@ -91,7 +91,7 @@ def evaluate_file(
     most = max(next(iter(found.values())).images.values())
     settings = {"data": str(data), "stream": stream, "severity": severity, "images": most}
     settings |= {"batch_size": batch_size, "seed": seed, "device": device}
-    settings |= {} if anchor is None else {"anchor": str(anchor)}
+    settings |= ({} if anchor is None else {"anchor": str(anchor)}) | ({} if lr is None else {"lr": lr})
     results = Results(f"{Path(path).name} on {Path(data).name}", settings, describe_machine())
     for form, name in ((form, name) for form in forms for name in names):
         result, one = found[form, name], forms[form]
